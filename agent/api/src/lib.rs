@@ -1,0 +1,44 @@
+//! The contract between the daemon on the host and `vmm-task`, PID 1 of the guest.
+//!
+//! One crate, used by both ends, so that they cannot drift: the RPC service
+//! ([`rpc`]), the header of byte streams ([`stream`]), the ports and the version.
+//! The prose of the contract is in `proto/agent.proto`.
+
+pub mod stream;
+
+/// Messages and the ttrpc service, generated from `proto/agent.proto`.
+#[allow(
+    warnings,
+    missing_docs,
+    missing_debug_implementations,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
+pub mod rpc {
+    mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+    mod agent_ttrpc {
+        use super::agent;
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
+    pub use agent::*;
+    pub use agent_ttrpc::*;
+}
+
+/// Version of the contract. A host refuses an agent of another version, and the reverse:
+/// both are built from one tree, so a difference means a stale guest image.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Host port (CID 2) that the agent dials when it is ready to serve.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// Guest port on which the agent accepts byte streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Where the guest mounts the pod's virtio-fs share.
+pub const SHARE_DIR: &str = "/run/kuasar/state";
+
+/// virtio-fs tag of the pod's share.
+pub const SHARE_TAG: &str = "kuasar";

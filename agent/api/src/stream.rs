@@ -1,0 +1,170 @@
+//! The header line that opens every byte stream.
+//!
+//! The host connects to guest port [`crate::STREAM_PORT`] and sends
+//! `<container>/<exec>/<stdin|stdout|stderr>\n`, where `<exec>` is empty for the
+//! container's init process. Everything after the newline is payload. The direction
+//! follows from the kind; the other direction carries nothing.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Longest header, newline included, in bytes: two 256-byte ids and the kind.
+pub const MAX_HEADER_BYTES: usize = 544;
+
+/// Longest container or exec id, in bytes.
+pub const MAX_ID_BYTES: usize = 256;
+
+/// Which of a process's streams a connection carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StreamKind {
+    /// Host to guest.
+    Stdin,
+    /// Guest to host; with a terminal, everything the terminal shows.
+    Stdout,
+    /// Guest to host.
+    Stderr,
+}
+
+impl StreamKind {
+    /// The name used in the header.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stdin => "stdin",
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        }
+    }
+}
+
+/// Names one byte stream of one process.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId {
+    /// Container the process belongs to.
+    pub container_id: String,
+    /// Exec id; empty for the init process.
+    pub exec_id: String,
+    /// Which stream.
+    pub kind: StreamKind,
+}
+
+/// Why a header was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// Not three `/`-separated fields.
+    #[error("stream header must be <container>/<exec>/<kind>")]
+    Shape,
+    /// An id is empty where it must not be, too long, or has a character outside
+    /// `A-Z a-z 0-9 _ - . +`.
+    #[error("stream header has an invalid {0} id")]
+    Id(&'static str),
+    /// Not one of stdin, stdout, stderr.
+    #[error("stream kind must be stdin, stdout or stderr")]
+    Kind,
+}
+
+/// Whether `id` may name a container or an exec: 1 to [`MAX_ID_BYTES`] bytes of
+/// `A-Z a-z 0-9 _ - . +`, and neither `.` nor `..` (ids become file names).
+#[must_use]
+pub fn valid_id(id: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'+');
+    !id.is_empty() && id.len() <= MAX_ID_BYTES && id != "." && id != ".." && id.bytes().all(allowed)
+}
+
+impl fmt::Display for StreamId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}/{}/{}",
+            self.container_id,
+            self.exec_id,
+            self.kind.as_str()
+        )
+    }
+}
+
+impl FromStr for StreamId {
+    type Err = HeaderError;
+
+    /// Parses a header without its newline.
+    fn from_str(line: &str) -> Result<Self, HeaderError> {
+        let mut fields = line.split('/');
+        let (Some(container), Some(exec), Some(kind), None) =
+            (fields.next(), fields.next(), fields.next(), fields.next())
+        else {
+            return Err(HeaderError::Shape);
+        };
+        if !valid_id(container) {
+            return Err(HeaderError::Id("container"));
+        }
+        if !exec.is_empty() && !valid_id(exec) {
+            return Err(HeaderError::Id("exec"));
+        }
+        let kind = match kind {
+            "stdin" => StreamKind::Stdin,
+            "stdout" => StreamKind::Stdout,
+            "stderr" => StreamKind::Stderr,
+            _ => return Err(HeaderError::Kind),
+        };
+        Ok(Self {
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
+            kind,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn refuses_what_could_climb_out_of_a_folder() {
+        for id in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a\nb",
+            "a b",
+            "\u{e9}",
+            &"x".repeat(257),
+        ] {
+            assert!(!valid_id(id), "{id:?}");
+        }
+    }
+
+    #[test]
+    fn refuses_wrong_shapes() {
+        for (line, error) in [
+            ("", HeaderError::Shape),
+            ("a/stdin", HeaderError::Shape),
+            ("a/b/stdin/x", HeaderError::Shape),
+            ("/b/stdin", HeaderError::Id("container")),
+            ("a/../stdin", HeaderError::Id("exec")),
+            ("a/..\u{0}/stdin", HeaderError::Id("exec")),
+            ("a/b/stdio", HeaderError::Kind),
+        ] {
+            assert_eq!(line.parse::<StreamId>(), Err(error), "{line:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn round_trips(c in "[A-Za-z0-9_.+-]{1,256}", e in "[A-Za-z0-9_.+-]{0,256}", k in 0..3) {
+            prop_assume!(valid_id(&c) && (e.is_empty() || valid_id(&e)));
+            let kind = [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr][k as usize];
+            let id = StreamId { container_id: c, exec_id: e, kind };
+            let line = id.to_string();
+            prop_assert!(line.len() < MAX_HEADER_BYTES);
+            prop_assert_eq!(line.parse::<StreamId>(), Ok(id));
+        }
+
+        #[test]
+        fn never_panics(line in "\\PC*") {
+            let _ = line.parse::<StreamId>();
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! A microVM as a value.
+
+pub mod vm;

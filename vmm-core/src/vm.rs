@@ -1,0 +1,162 @@
+//! What a pod needs of a virtual machine, whoever runs it.
+//!
+//! The in-process machine of this crate implements [`Vm`], and so does every adapter to
+//! an external hypervisor. What a backend cannot do is [`VmError::Unsupported`].
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+
+/// A byte stream between host and guest.
+pub trait GuestStream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> GuestStream for T {}
+
+/// Streams that guests open to one host port.
+#[async_trait]
+pub trait GuestListener: Send + Sync {
+    /// The next stream; `None` once the VM is gone. Cancel safe.
+    async fn accept(&mut self) -> Option<Box<dyn GuestStream>>;
+}
+
+/// Why a VM no longer runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// Stopped by the host.
+    Stopped,
+    /// The guest reset or powered itself off.
+    GuestReset,
+    /// Triple fault or another shutdown of the CPU.
+    TripleFault,
+    /// The guest kernel panicked; the last lines of its console, if it wrote any.
+    GuestPanic(String),
+    /// KVM refused to run a vCPU (internal error, failed entry, ...).
+    Kvm(String),
+    /// A thread of the VM panicked: a bug of ours, confined to this VM.
+    Panic {
+        /// Name of the thread.
+        thread: String,
+        /// Panic message.
+        message: String,
+    },
+    /// A device failed in a way the VM cannot survive.
+    Device(String),
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("stopped by the host"),
+            Self::GuestReset => f.write_str("the guest reset itself"),
+            Self::TripleFault => f.write_str("triple fault in the guest"),
+            Self::GuestPanic(tail) => write!(f, "guest kernel panic: {tail}"),
+            Self::Kvm(what) => write!(f, "KVM cannot run the guest: {what}"),
+            Self::Panic { thread, message } => write!(f, "thread {thread} panicked: {message}"),
+            Self::Device(what) => write!(f, "device failure: {what}"),
+        }
+    }
+}
+
+/// Figures of one VM.
+#[derive(Clone, Debug, Default)]
+pub struct VmStats {
+    /// vCPU exits to this process by kind ("io", "mmio", ...), summed over vCPUs.
+    pub exits: std::collections::BTreeMap<&'static str, u64>,
+    /// Since the VM was built, when each phase was reached, in order
+    /// ("built", "kernel entered", ...).
+    pub phases: Vec<(&'static str, Duration)>,
+    /// Guest memory size in bytes.
+    pub memory_bytes: u64,
+    /// Guest memory backed by host pages now, in bytes, when known.
+    pub resident_bytes: Option<u64>,
+}
+
+/// Failure of an operation on a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The backend has no such operation.
+    #[error("{backend} cannot {what}")]
+    Unsupported {
+        /// The operation, as a verb phrase.
+        what: &'static str,
+        /// The backend's name.
+        backend: &'static str,
+    },
+    /// The VM has exited.
+    #[error("the VM is not running: {0}")]
+    Exited(ExitReason),
+    /// The deadline passed.
+    #[error("{what} took longer than {limit:?}")]
+    Deadline {
+        /// What was waited for.
+        what: &'static str,
+        /// The limit that passed.
+        limit: Duration,
+    },
+    /// The guest refused a connection: nothing listens on the port.
+    #[error("nothing listens on guest port {0}")]
+    Refused(u32),
+    /// A system call or a lower layer failed.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Failure of one backend, with its own error below.
+    #[error(transparent)]
+    Backend(#[from] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// One virtual machine. Dropping it ends it: threads joined, memory freed, sockets removed.
+#[async_trait]
+pub trait Vm: Send + Sync + fmt::Debug {
+    /// Name of the backend, for errors and `kuasar-ctl`.
+    fn backend(&self) -> &'static str;
+
+    /// Lets the vCPUs run.
+    async fn start(&self) -> Result<(), VmError>;
+
+    /// Ends the VM; idempotent. Whatever has not ended by `deadline` is an error.
+    async fn stop(&self, deadline: Duration) -> Result<(), VmError>;
+
+    /// `None` while the VM runs; the reason once it has ended.
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>>;
+
+    /// Opens a stream to a port of the guest.
+    async fn connect(&self, port: u32, deadline: Duration)
+    -> Result<Box<dyn GuestStream>, VmError>;
+
+    /// Accepts the streams that the guest opens to `port` of the host. One listener per
+    /// port; dropping it refuses further streams.
+    fn listen(&self, port: u32) -> Result<Box<dyn GuestListener>, VmError>;
+
+    /// Host pid to report for the pod: the process that runs the vCPUs.
+    fn pid(&self) -> u32;
+
+    /// Host thread ids that run guest code.
+    fn vcpu_threads(&self) -> Vec<i32>;
+
+    /// Figures now.
+    fn stats(&self) -> VmStats;
+
+    /// Stops the vCPUs without losing state.
+    async fn pause(&self) -> Result<(), VmError> {
+        Err(VmError::Unsupported {
+            what: "pause a VM",
+            backend: self.backend(),
+        })
+    }
+
+    /// Lets paused vCPUs run again.
+    async fn resume(&self) -> Result<(), VmError> {
+        Err(VmError::Unsupported {
+            what: "resume a VM",
+            backend: self.backend(),
+        })
+    }
+}
