@@ -1,0 +1,70 @@
+# kuasar-embed. `make run` and `make test` are all a newcomer needs; `make help` lists the rest.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CARGO   ?= cargo
+# cargo's name for the profile of the daemon and the CLI in `make run` and benchmarks.
+PROFILE ?= release
+ARCH    := x86_64-unknown-linux-gnu
+
+BIN     := target/$(PROFILE)
+AGENT   := target/guest/$(ARCH)/guest/vmm-task
+DEMO    := target/demo/rootfs
+STEP    := @scripts/step
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: setup build guest $(DEMO) ## Set up, build, and run a container in a microVM
+	$(STEP) "run a container in a microVM" -- $(BIN)/kuasar-ctl run --rootfs $(DEMO) \
+		-- /bin/sh -c 'echo "Hello from Linux $$(uname -r), pid $$$$ of $$(hostname), $$(nproc) CPU"'
+
+.PHONY: test
+test: setup agent ## Set up, build, and run all tests
+	$(STEP) "compile the tests" -- $(CARGO) test --workspace --no-run
+	$(STEP) "build the CLI and the daemon" -- $(CARGO) build --workspace --bins
+	$(MAKE) --no-print-directory guest PROFILE=debug
+	$(STEP) "unit and integration tests" -- $(CARGO) test --workspace --exclude e2e
+	$(STEP) "end-to-end tests" -- $(CARGO) test -p e2e -- --test-threads=2 --show-output
+
+.PHONY: setup
+setup: ## Install what is missing (apt, when root)
+	$(STEP) "check build tools" -- scripts/setup
+
+.PHONY: build
+build: ## Build the daemon, the CLI and the agent
+	$(STEP) "build the daemon and the CLI" -- $(CARGO) build --profile $(PROFILE) -p sandboxer
+	@$(MAKE) --no-print-directory agent
+
+# The agent is PID 1 of an empty file system: linked statically, for any x86-64 CPU.
+.PHONY: agent
+agent: ## Build the static guest agent
+	$(STEP) "build the guest agent" -- env \
+		CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' \
+		$(CARGO) build --profile guest -p vmm-task --target $(ARCH) --target-dir target/guest
+
+.PHONY: guest
+guest: ## Build the guest kernel and initramfs (cached by the hash of their inputs)
+	$(STEP) "build the guest image" -- $(BIN)/kuasar-ctl guest build --agent $(AGENT)
+
+$(DEMO): scripts/demo-rootfs
+	$(STEP) "make a demo root file system" -- scripts/demo-rootfs $@
+
+.PHONY: lint
+lint: ## Format, clippy, dependency rules
+	$(STEP) "rustfmt" -- $(CARGO) fmt --all --check
+	$(STEP) "clippy" -- $(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(STEP) "one version of each rust-vmm crate" -- scripts/check-versions
+	$(STEP) "cargo deny" -- scripts/deny
+
+.PHONY: bench-boot
+bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes target/bench/boot.json
+	$(STEP) "boot benchmark" -- $(CARGO) run --release -p bench --bin bench-boot
+
+.PHONY: clean
+clean: ## Remove build output (the guest cache stays; `kuasar-ctl guest info` says where)
+	$(CARGO) clean
