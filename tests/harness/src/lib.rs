@@ -1,1 +1,82 @@
-//! To be described.
+//! Starts the real parts for end-to-end tests and counts what they leave behind.
+//!
+//! Nothing here fakes anything: the daemon and the CLI are the built binaries, the guest
+//! is the built guest image, /dev/kvm is the host's. What is missing is said out loud.
+
+// A test helper reports its own failures by panicking.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::indexing_slicing
+)]
+
+pub mod ctl;
+pub mod daemon;
+pub mod leftovers;
+pub mod pty;
+pub mod rootfs;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// The folder that holds the binaries of the profile under test.
+///
+/// # Panics
+/// When the test binary does not lie in a cargo target folder.
+#[must_use]
+pub fn bin_dir() -> PathBuf {
+    let exe = std::env::current_exe().expect("path of the running test");
+    // target/<profile>/deps/<test> or target/<profile>/<bin>
+    let dir = exe.parent().expect("test binary has a folder");
+    if dir.ends_with("deps") {
+        dir.parent().expect("deps has a parent").into()
+    } else {
+        dir.into()
+    }
+}
+
+/// Why the real-KVM tests cannot run here, or `None` when they can.
+#[must_use]
+pub fn kvm_missing() -> Option<String> {
+    match std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        Ok(_) => None,
+        Err(error) => Some(format!("/dev/kvm cannot be opened: {error}")),
+    }
+}
+
+/// Asks `done` until it returns a value, for at most `limit`.
+///
+/// The one polling helper, for facts that have no event to wait for (an fd table of another
+/// process, say).
+///
+/// # Panics
+/// When `limit` passes; the message is `what`.
+pub fn eventually<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(
+            start.elapsed() < limit,
+            "{what} did not happen within {limit:?}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Ends a test early, saying why, when `$reason` is `Some`.
+#[macro_export]
+macro_rules! skip_if {
+    ($reason:expr) => {
+        if let Some(why) = $reason {
+            eprintln!("skipped: {why}");
+            return;
+        }
+    };
+}
