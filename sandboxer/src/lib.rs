@@ -1,1 +1,3 @@
-//! To be described.
+//! The resident daemon: Sandbox and Task APIs over pods.
+
+pub mod rpc;

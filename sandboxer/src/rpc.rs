@@ -1,0 +1,40 @@
+//! containerd's Controller service and the messages it carries, generated from `proto/`.
+
+/// `containerd.services.sandbox.v1`: messages, client and server.
+#[allow(
+    warnings,
+    missing_docs,
+    missing_debug_implementations,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
+mod generated {
+    pub mod containerd {
+        pub mod services {
+            pub mod sandbox {
+                pub mod v1 {
+                    tonic::include_proto!("containerd.services.sandbox.v1");
+                }
+            }
+        }
+        pub mod types {
+            tonic::include_proto!("containerd.types");
+        }
+    }
+    pub mod runtime {
+        pub mod v1 {
+            tonic::include_proto!("runtime.v1");
+        }
+    }
+}
+
+/// `containerd.services.sandbox.v1`.
+pub use generated::containerd::services::sandbox::v1 as controller;
+/// `containerd.types`.
+pub use generated::containerd::types;
+/// `runtime.v1`: what CRI says about a pod.
+pub use generated::runtime::v1 as cri;
+
+/// `type_url` under which containerd sends [`cri::PodSandboxConfig`].
+pub const POD_SANDBOX_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
