@@ -1,7 +1,10 @@
 //! What a container sees and returns: one pod, many processes.
 #![allow(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
     clippy::tests_outside_test_module,
-    reason = "an integration test is a test module"
+    clippy::unwrap_used,
+    reason = "the whole file is a test"
 )]
 
 use std::fs;
