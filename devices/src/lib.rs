@@ -5,4 +5,9 @@
 //! [`transport::mmio`] in-process, and later vhost-user towards an external VMM.
 //! Nothing here keeps process-wide state, installs signal handlers or exits.
 
+pub mod event_loop;
+pub mod legacy;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod transport;
 pub mod virtio;

@@ -1,5 +1,9 @@
 //! The contract between device models and transports.
 
+pub mod fs;
+pub mod rng;
+pub mod vsock;
+
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

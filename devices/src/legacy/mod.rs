@@ -1,0 +1,1 @@
+//! Devices of the PC that a virtual machine still needs.

@@ -1,0 +1,1 @@
+//! How a driver reaches a device model.
