@@ -1,1 +1,48 @@
-//! To be described.
+//! What every benchmark shares: medians, the table, the JSON file, and peers to compare with.
+//!
+//! A benchmark never asserts a time. It prints a table in which a real peer was measured on
+//! the same machine in the same run, and writes `target/bench/<name>.json`.
+
+// A benchmark reports its own failures by panicking.
+#![allow(clippy::expect_used, clippy::panic)]
+
+pub mod memory;
+pub mod peer;
+pub mod report;
+
+use std::time::Duration;
+
+/// The middle of `samples`; the mean of the two middle ones when their number is even.
+/// `None` without samples.
+#[must_use]
+pub fn median(samples: &[f64]) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let half = sorted.len() / 2;
+    let upper = *sorted.get(half)?;
+    if sorted.len() % 2 == 1 {
+        return Some(upper);
+    }
+    sorted
+        .get(half - 1)
+        .map(|lower| f64::midpoint(*lower, upper))
+}
+
+/// A duration in milliseconds.
+#[must_use]
+pub fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0]), Some(3.0));
+        assert_eq!(median(&[9.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), Some(2.5));
+    }
+}

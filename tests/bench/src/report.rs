@@ -1,0 +1,129 @@
+//! The table on the terminal and the JSON file beside it.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::median;
+
+/// One measured quantity.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// What was measured.
+    pub name: String,
+    /// Who was measured: ourselves or a peer.
+    pub subject: String,
+    /// Unit of every sample.
+    pub unit: &'static str,
+    /// One per run, in order.
+    pub samples: Vec<f64>,
+    /// Middle of the samples.
+    pub median: Option<f64>,
+}
+
+/// A finished benchmark.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the benchmark; also of its JSON file.
+    pub name: &'static str,
+    /// "emulated ring 0" or "hardware".
+    pub host_kind: String,
+    /// CPU model and kernel release.
+    pub host: String,
+    /// Version of each subject.
+    pub versions: Vec<(String, String)>,
+    /// What could not be measured, and why.
+    pub skipped: Vec<String>,
+    /// Everything that was measured.
+    pub figures: Vec<Figure>,
+}
+
+impl Report {
+    /// An empty report on this host.
+    #[must_use]
+    pub fn new(name: &'static str, host_kind: String) -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let cpu = read("/proc/cpuinfo")
+            .lines()
+            .find_map(|l| {
+                l.strip_prefix("model name")
+                    .map(|m| m.trim_matches([' ', '\t', ':']).to_owned())
+            })
+            .unwrap_or_else(|| "unknown CPU".to_owned());
+        let kernel = read("/proc/sys/kernel/osrelease");
+        let host = format!("{cpu}, Linux {}", kernel.trim());
+        let (versions, skipped, figures) = (Vec::new(), Vec::new(), Vec::new());
+        Self {
+            name,
+            host_kind,
+            host,
+            versions,
+            skipped,
+            figures,
+        }
+    }
+
+    /// Adds a figure.
+    pub fn add(&mut self, subject: &str, name: &str, unit: &'static str, samples: Vec<f64>) {
+        let median = median(&samples);
+        let (name, subject) = (name.to_owned(), subject.to_owned());
+        self.figures.push(Figure {
+            name,
+            subject,
+            unit,
+            samples,
+            median,
+        });
+    }
+
+    /// Prints the table: a line per quantity, a column per subject, and for quantities that a
+    /// peer has too, how many times ours it takes.
+    pub fn print(&self) {
+        println!("\n{}: {} ({})", self.name, self.host, self.host_kind);
+        for (subject, version) in &self.versions {
+            println!("  {subject}: {version}");
+        }
+        println!();
+        println!(
+            "{:<34} {:<18} {:>12} {:<8} {:>9}",
+            "what", "who", "median", "unit", "vs ours"
+        );
+        for figure in &self.figures {
+            let Some(value) = figure.median else { continue };
+            let ours = self
+                .figures
+                .iter()
+                .find(|f| f.name == figure.name && f.unit == figure.unit)
+                .and_then(|f| f.median);
+            let ratio = match ours {
+                Some(ours) if ours > 0.0 && self.is_peer(figure) => format!("{:.2}x", value / ours),
+                _ => String::new(),
+            };
+            println!(
+                "{:<34} {:<18} {value:>12.2} {:<8} {ratio:>9}",
+                figure.name, figure.subject, figure.unit
+            );
+        }
+        for line in &self.skipped {
+            println!("skipped: {line}");
+        }
+    }
+
+    fn is_peer(&self, figure: &Figure) -> bool {
+        self.figures
+            .first()
+            .is_some_and(|first| first.subject != figure.subject)
+    }
+
+    /// Writes `target/bench/<name>.json` and returns its path.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self) -> std::io::Result<PathBuf> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/bench");
+        std::fs::create_dir_all(&dir)?;
+        let path = dir.canonicalize()?.join(format!("{}.json", self.name));
+        std::fs::write(&path, serde_json::to_vec_pretty(self)?)?;
+        Ok(path)
+    }
+}
