@@ -1,0 +1,133 @@
+//! A kernel and an initramfs that belong together.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cache::Cache;
+use crate::error::{GuestError, IoContext as _, Result};
+use crate::initramfs::Initramfs;
+use crate::kernel::{KernelArtifact, KernelFacts};
+use crate::progress::{Progress, Step};
+use crate::recipe::KernelRecipe;
+
+/// Names the image that was built last.
+const CURRENT: &str = "image.json";
+
+/// What a guest boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestImage {
+    /// The kernel, an ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// Digest of what the kernel was made from.
+    pub kernel_digest: String,
+    /// Digest of the initramfs.
+    pub initramfs_digest: String,
+    /// What the kernel says with `uname -r`.
+    pub kernel_version: String,
+    /// Size of the kernel file.
+    pub kernel_size_bytes: u64,
+    /// Size of the initramfs.
+    pub initramfs_size_bytes: u64,
+    facts: KernelFacts,
+}
+
+/// Facts about a guest image, to show or to store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// The kernel file.
+    pub kernel: PathBuf,
+    /// What the kernel was made from.
+    pub kernel_facts: KernelFacts,
+    /// The initramfs file.
+    pub initramfs: PathBuf,
+    /// Digest of the initramfs.
+    pub initramfs_digest: String,
+    /// Size of the initramfs.
+    pub initramfs_size_bytes: u64,
+}
+
+impl GuestImage {
+    /// Builds kernel and initramfs, or finds them in the cache, and makes them
+    /// the image that [`GuestImage::current`] returns.
+    pub fn build(
+        cache: &Cache,
+        recipe: &KernelRecipe,
+        initramfs: &Initramfs,
+        report: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let kernel = KernelArtifact::build(cache, recipe, report)?;
+        report(Progress::start(Step::Packing));
+        let initramfs = initramfs.build(cache)?;
+        let image = Self {
+            kernel: kernel.vmlinux,
+            initramfs: initramfs.path,
+            kernel_digest: kernel.facts.digest.clone(),
+            initramfs_digest: initramfs.digest,
+            kernel_version: kernel.facts.version.clone(),
+            kernel_size_bytes: kernel.facts.size_bytes,
+            initramfs_size_bytes: initramfs.size_bytes,
+            facts: kernel.facts,
+        };
+        let text = serde_json::to_vec_pretty(&image).map_err(|source| GuestError::Damaged {
+            path: cache.root().join(CURRENT),
+            source,
+        })?;
+        cache.write(CURRENT, &text)?;
+        Ok(image)
+    }
+
+    /// The image that was built last. Needs neither the kernel source nor a
+    /// compiler, only the cache.
+    pub fn current(cache: &Cache) -> Result<Self> {
+        let path = cache.root().join(CURRENT);
+        if !path.exists() {
+            return Err(GuestError::NotBuilt(cache.root().to_owned()));
+        }
+        let text = fs::read(&path).context("read", &path)?;
+        let image: Self =
+            serde_json::from_slice(&text).map_err(|source| GuestError::Damaged { path, source })?;
+        if image.kernel.is_file() && image.initramfs.is_file() {
+            Ok(image)
+        } else {
+            Err(GuestError::NotBuilt(cache.root().to_owned()))
+        }
+    }
+
+    /// Everything known about the image.
+    pub fn info(&self) -> ImageInfo {
+        ImageInfo {
+            kernel: self.kernel.clone(),
+            kernel_facts: self.facts.clone(),
+            initramfs: self.initramfs.clone(),
+            initramfs_digest: self.initramfs_digest.clone(),
+            initramfs_size_bytes: self.initramfs_size_bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_an_image_the_error_says_how_to_get_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = GuestImage::current(&Cache::new(dir.path())).unwrap_err();
+        assert!(
+            error.to_string().contains("kuasar-ctl guest build"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_damaged_record_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CURRENT), "{").unwrap();
+        let error = GuestImage::current(&Cache::new(dir.path())).unwrap_err();
+        assert!(matches!(error, GuestError::Damaged { .. }), "{error}");
+    }
+}
