@@ -1,3 +1,4 @@
 //! The resident daemon: Sandbox and Task APIs over pods.
 
+pub mod image;
 pub mod rpc;
