@@ -1,0 +1,187 @@
+//! [`Vsock`]: config space, activation, reset.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::handler::Handler;
+use super::host::{Host, VsockHandle};
+use super::muxer::Muxer;
+use super::packet::CID_GUEST_MIN;
+use super::queues::Queues;
+use super::uds::Listener;
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice,
+};
+
+/// Receive, transmit, event.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+
+/// `VIRTIO_VSOCK_F_STREAM`.
+const F_STREAM: u64 = 1;
+/// `VIRTIO_F_INDIRECT_DESC`.
+const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX`.
+const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1`.
+const F_VERSION_1: u64 = 1 << 32;
+
+/// How to make a [`Vsock`].
+#[derive(Clone, Debug)]
+pub struct VsockConfig {
+    /// The guest's address, 3 to 2^32 - 2. Guests of one host may share it: nothing is
+    /// routed by it.
+    pub guest_cid: u32,
+    /// Where to listen for `CONNECT` clients, and the prefix of the sockets that guests
+    /// reach by port number (`<path>_<port>`). Without it only in-process streams exist.
+    pub uds_path: Option<PathBuf>,
+    /// Connections at a time, both directions together; more are refused.
+    pub max_connections: usize,
+}
+
+impl VsockConfig {
+    /// Connections allowed unless configured otherwise.
+    pub const MAX_CONNECTIONS: usize = 1024;
+
+    /// In-process streams only, default limits.
+    #[must_use]
+    pub fn new(guest_cid: u32) -> Self {
+        Self {
+            guest_cid,
+            uds_path: None,
+            max_connections: Self::MAX_CONNECTIONS,
+        }
+    }
+}
+
+/// A virtio socket device. Dropping it closes every stream and removes its socket file.
+pub struct Vsock {
+    config: VsockConfig,
+    host: Arc<Host>,
+    listener: Option<Listener>,
+    active: Option<(Arc<dyn Runner>, HandlerId)>,
+}
+
+impl Vsock {
+    /// Makes the device and binds its socket, if it has one.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a reserved address; as bind(2) for the socket, with `AddrInUse`
+    /// when the file exists.
+    pub fn new(config: VsockConfig) -> io::Result<(Self, VsockHandle)> {
+        let cid = u64::from(config.guest_cid);
+        if cid < CID_GUEST_MIN || config.guest_cid == u32::MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "guest_cid {cid} is reserved: use {CID_GUEST_MIN} to {}",
+                    u32::MAX - 1
+                ),
+            ));
+        }
+        let listener = config.uds_path.as_deref().map(Listener::bind).transpose()?;
+        let host = Host::new()?;
+        let handle = VsockHandle::new(Arc::clone(&host));
+        let device = Self {
+            config,
+            host,
+            listener,
+            active: None,
+        };
+        Ok((device, handle))
+    }
+
+    fn handler(&self, activation: Activation) -> io::Result<Handler> {
+        let Activation {
+            memory,
+            queues,
+            interrupt,
+            ..
+        } = activation;
+        let [rx, tx, event] = <[ActiveQueue; 3]>::try_from(queues)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let queues = Queues {
+            memory,
+            interrupt,
+            rx,
+            tx,
+            event,
+        };
+        let muxer = Muxer::new(
+            u64::from(self.config.guest_cid),
+            self.config.max_connections,
+            Arc::clone(&self.host),
+            self.config.uds_path.clone(),
+        )?;
+        let listener = self.listener.as_ref().map(Listener::socket).transpose()?;
+        Handler::new(queues, muxer, Arc::clone(&self.host), listener)
+    }
+}
+
+impl fmt::Debug for Vsock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vsock")
+            .field("config", &self.config)
+            .field("active", &self.active.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Vsock
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC | F_STREAM
+    }
+
+    /// The guest's address (5.10.4), its upper half zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = u64::from(self.config.guest_cid).to_le_bytes();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let rest = config.get(start..).unwrap_or_default();
+        for (index, byte) in data.iter_mut().enumerate() {
+            *byte = rest.get(index).copied().unwrap_or(0);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        let complete = activation.queues.iter().map(|queue| queue.index).eq(0..3);
+        if !complete {
+            return Err(ActivateError::MissingQueues {
+                got: activation.queues.len(),
+                needed: QUEUE_SIZES.len(),
+            });
+        }
+        let runner = Arc::clone(&activation.runner);
+        let io = |what| move |source| ActivateError::Io { what, source };
+        let handler = self
+            .handler(activation)
+            .map_err(io("cannot set up the vsock connections"))?;
+        let id = runner
+            .add(Box::new(handler))
+            .map_err(io("cannot add the vsock device to the event loop"))?;
+        self.active = Some((runner, id));
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some((runner, id)) = self.active.take() {
+            runner.remove(id);
+        }
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        self.reset();
+        self.host.close();
+    }
+}

@@ -1,0 +1,161 @@
+//! The device on the VM's event loop.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::host::Host;
+use super::muxer::{FIRST_ID, Muxer};
+use super::queues::{Progress, QueueError, Queues};
+use super::uds;
+use crate::virtio::{EventHandler, Interest, Loop, Ready};
+
+const RX: u64 = 0;
+const TX: u64 = 1;
+const EVENT: u64 = 2;
+const WAKE: u64 = 3;
+const DEADLINE: u64 = 4;
+const LISTENER: u64 = 5;
+
+/// Clients accepted per event.
+const ACCEPT_BUDGET: usize = 16;
+
+const READ: Interest = Interest {
+    readable: true,
+    writable: false,
+};
+
+/// What one activation runs on the loop.
+#[derive(Debug)]
+pub struct Handler {
+    queues: Queues,
+    muxer: Muxer,
+    host: Arc<Host>,
+    /// Requests of handles, and this handler's own "go on".
+    wake: EventFd,
+    listener: Option<UnixListener>,
+    /// The driver broke the device; nothing is served until it resets it.
+    failed: bool,
+}
+
+impl Handler {
+    pub fn new(
+        queues: Queues,
+        muxer: Muxer,
+        host: Arc<Host>,
+        listener: Option<UnixListener>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            queues,
+            muxer,
+            wake: host.wake_event()?,
+            host,
+            listener,
+            failed: false,
+        })
+    }
+
+    fn accept(&mut self, lp: &mut dyn Loop) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        for _ in 0..ACCEPT_BUDGET {
+            match uds::accept(listener) {
+                Ok(stream) => self.muxer.add_client(lp, stream),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return,
+                Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(err) => {
+                    // Out of fds: stop listening rather than spin on the backlog.
+                    tracing::warn!(%err, "the vsock socket accepts no more clients");
+                    lp.forget(listener.as_raw_fd());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Moves packets until the queues are idle or the budget is spent.
+    fn pump(&mut self, lp: &mut dyn Loop) -> Result<(), QueueError> {
+        // First, so that requests for connections follow the event.
+        self.queues.pump_event(&mut self.muxer)?;
+        let tx = self.queues.pump_tx(lp, &mut self.muxer)?;
+        let rx = self.queues.pump_rx(lp, &mut self.muxer)?;
+        let unblocked = tx == Progress::Blocked && !self.muxer.is_congested();
+        if tx == Progress::More || rx == Progress::More || unblocked {
+            self.host.wake();
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, lp: &mut dyn Loop, err: &QueueError) {
+        self.failed = true;
+        self.muxer.drop_connections(lp);
+        for fd in [
+            self.queues.rx.notify.as_raw_fd(),
+            self.queues.tx.notify.as_raw_fd(),
+            self.queues.event.notify.as_raw_fd(),
+            self.wake.as_raw_fd(),
+            self.muxer.deadlines().fd(),
+        ] {
+            lp.forget(fd);
+        }
+        if let Some(listener) = &self.listener {
+            lp.forget(listener.as_raw_fd());
+        }
+        let cause = err
+            .source()
+            .map_or_else(String::new, |source| format!(": {source}"));
+        self.queues
+            .interrupt
+            .needs_reset(&format!("vsock: {err}{cause}"));
+    }
+}
+
+impl EventHandler for Handler {
+    fn start(&mut self, lp: &mut dyn Loop) -> io::Result<()> {
+        lp.watch(self.queues.rx.notify.as_raw_fd(), RX, READ)?;
+        lp.watch(self.queues.tx.notify.as_raw_fd(), TX, READ)?;
+        lp.watch(self.queues.event.notify.as_raw_fd(), EVENT, READ)?;
+        lp.watch(self.wake.as_raw_fd(), WAKE, READ)?;
+        lp.watch(self.muxer.deadlines().fd(), DEADLINE, READ)?;
+        if let Some(listener) = &self.listener {
+            lp.watch(listener.as_raw_fd(), LISTENER, READ)?;
+        }
+        // Requests made before the driver was up, and buffers it has queued already.
+        self.host.wake();
+        Ok(())
+    }
+
+    fn ready(&mut self, lp: &mut dyn Loop, token: u64, ready: Ready) {
+        if self.failed {
+            return;
+        }
+        // Event counters: an empty one (EAGAIN) is a stale event, and just as good.
+        match token {
+            RX => drop(self.queues.rx.notify.read()),
+            TX => drop(self.queues.tx.notify.read()),
+            EVENT => drop(self.queues.event.notify.read()),
+            WAKE => {
+                let _ = self.wake.read();
+                self.muxer.serve_host(lp);
+            }
+            DEADLINE => self.muxer.expire(lp),
+            LISTENER => self.accept(lp),
+            id if id >= FIRST_ID => self.muxer.ready(lp, id, ready),
+            _ => {}
+        }
+        if let Err(err) = self.pump(lp) {
+            self.fail(lp, &err);
+            return;
+        }
+        if let Err(err) = self.muxer.deadlines().arm() {
+            self.queues
+                .interrupt
+                .needs_reset(&format!("vsock: cannot set the deadline timer: {err}"));
+        }
+    }
+}

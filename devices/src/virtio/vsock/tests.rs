@@ -1,0 +1,8 @@
+//! The device with a queue driver for a guest.
+
+mod close;
+mod guest;
+mod hostile;
+mod open;
+mod transfer;
+mod unix;
