@@ -5,6 +5,7 @@
 //! [`transport::mmio`] in-process, and later vhost-user towards an external VMM.
 //! Nothing here keeps process-wide state, installs signal handlers or exits.
 
+pub mod bus;
 pub mod event_loop;
 pub mod legacy;
 #[cfg(any(test, feature = "testing"))]

@@ -18,12 +18,14 @@ mod device;
 mod guest;
 mod interrupt;
 mod queue;
+mod registers;
 mod runner;
 
 pub use device::DeviceDriver;
 pub use guest::TestGuest;
 pub use interrupt::TestInterrupt;
 pub use queue::{Buffer, RawDescriptor, Used, VirtQueueDriver};
+pub use registers::drive_registers;
 pub use runner::TestRunner;
 
 /// How long a test waits for a device before it fails: generous, machines may be busy.

@@ -1,1 +1,3 @@
 //! How a driver reaches a device model.
+
+pub mod mmio;

@@ -40,6 +40,23 @@ pub enum DeviceType {
     Fs = 26,
 }
 
+impl DeviceType {
+    /// For logs and errors.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Net => "net",
+            Self::Block => "block",
+            Self::Console => "console",
+            Self::Rng => "rng",
+            Self::Balloon => "balloon",
+            Self::Vsock => "vsock",
+            Self::Mem => "mem",
+            Self::Fs => "fs",
+        }
+    }
+}
+
 /// How a device tells its driver something (virtio 1.2, 2.3).
 pub trait Interrupt: Send + Sync + fmt::Debug {
     /// Buffers were used in `queue`; the caller has already honoured the driver's
