@@ -1,4 +1,17 @@
 //! The resident daemon: Sandbox and Task APIs over pods.
+//!
+//! - [`server`] starts the daemon; [`controller`] serves containerd's sandbox Controller and
+//!   [`task`] the Task API of each pod.
+//! - [`pod`] is a pod with its containers; [`agent`] talks to the agent in its guest and
+//!   [`backend`] makes the machine it runs in.
+//! - [`config`] is the configuration file and [`rpc`] the generated gRPC code.
 
+pub mod agent;
+pub mod backend;
+pub mod config;
+pub mod controller;
 pub mod image;
+pub mod pod;
 pub mod rpc;
+pub mod server;
+pub mod task;

@@ -1,0 +1,46 @@
+//! What makes the machine under a pod.
+//!
+//! A [`SandboxBackend`] turns a [`MachineRequest`] into a [`Vm`]: something that runs,
+//! ends, and carries byte streams to an agent inside. Pods know nothing else about it.
+
+pub mod vmm;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use vmm_core::vm::{Vm, VmError};
+
+/// The machine that a pod needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineRequest {
+    /// Id of the pod, for thread names and logs.
+    pub pod: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Folder exported to the guest under [`agent_api::SHARE_TAG`].
+    pub share: PathBuf,
+    /// Folder for sockets and logs of the machine; removed with the pod.
+    pub dir: PathBuf,
+}
+
+/// Makes machines of one kind.
+#[async_trait]
+pub trait SandboxBackend: Send + Sync + fmt::Debug {
+    /// Name for `kuasar-ctl` and logs.
+    fn name(&self) -> &'static str;
+
+    /// Whether guests run their kernel a thousand times slower than on hardware, so that
+    /// timeouts have to be stretched.
+    fn slow_kernel(&self) -> bool;
+
+    /// Environment that every process in a guest needs on this host.
+    fn guest_environment(&self) -> BTreeMap<String, String>;
+
+    /// Builds a machine that does not run yet. Dropping it ends it.
+    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError>;
+}

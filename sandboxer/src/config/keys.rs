@@ -1,0 +1,30 @@
+//! Which keys exist, taken from the structs themselves.
+
+use serde_aux::serde_introspection::serde_introspect;
+
+use super::{Config, Fs, Sandbox, Timeouts, Vm};
+
+/// A key further away than this many edits is no suggestion.
+const MAX_EDITS: usize = 3;
+
+/// The existing key of the same table that is most similar to `key`.
+pub(super) fn nearest(key: &str) -> Option<String> {
+    let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let known: &[&str] = match table {
+        "" => serde_introspect::<Config>(),
+        "sandbox" => serde_introspect::<Sandbox>(),
+        "vm" => serde_introspect::<Vm>(),
+        "fs" => serde_introspect::<Fs>(),
+        "timeouts" => serde_introspect::<Timeouts>(),
+        _ => &[],
+    };
+    let (edits, found) = known
+        .iter()
+        .map(|candidate| (strsim::damerau_levenshtein(name, candidate), *candidate))
+        .min()?;
+    let limit = MAX_EDITS.min(name.len() / 2);
+    (edits <= limit).then(|| match table {
+        "" => found.to_owned(),
+        _ => format!("{table}.{found}"),
+    })
+}

@@ -1,0 +1,198 @@
+//! `[vm]` and `[fs]`: the virtual machine of each pod and what it shares with the host.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+
+use super::ConfigError;
+
+/// Below this a guest cannot boot.
+pub(crate) const MIN_MEMORY: ByteSize = ByteSize::mib(64);
+
+/// Environment variable that overrides `vm.kernel`.
+pub(crate) const KERNEL_VAR: &str = "KUASAR_KERNEL";
+
+/// Environment variable that overrides `vm.initramfs`.
+pub(crate) const INITRAMFS_VAR: &str = "KUASAR_INITRAMFS";
+
+/// `[vm]`: the virtual machine of each pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Vm {
+    /// vCPUs of a pod that has no CPU limit. A pod with one gets `ceil(quota / period)`.
+    pub vcpus: u32,
+    /// Memory of a pod that has no memory limit, for instance `"128MiB"`.
+    pub memory: ByteSize,
+    /// Added to the memory limit of a pod that has one, for the guest's kernel and agent.
+    pub memory_overhead: ByteSize,
+    /// The guest kernel, an ELF `vmlinux` or a bzImage. Unset: `KUASAR_KERNEL`, else the
+    /// newest one built by `kuasar-ctl guest build`.
+    pub kernel: Option<PathBuf>,
+    /// The guest's initramfs with the agent as `/init`. Unset: `KUASAR_INITRAMFS`, else the
+    /// newest one built by `kuasar-ctl guest build`.
+    pub initramfs: Option<PathBuf>,
+    /// Appended to the kernel command line.
+    pub kernel_params: String,
+    /// How much of the guest's console is kept, the newest part.
+    pub serial_log_bytes: ByteSize,
+    /// Whether the guest's ports are also reachable through `<dir>/<pod>/vsock.sock` by
+    /// writing `CONNECT <port>`, for tools.
+    pub vsock_uds: bool,
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            memory: ByteSize::mib(128),
+            memory_overhead: ByteSize::mib(48),
+            kernel: None,
+            initramfs: None,
+            kernel_params: String::new(),
+            serial_log_bytes: ByteSize::kib(256),
+            vsock_uds: true,
+        }
+    }
+}
+
+impl Vm {
+    pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let wrong = |key, value: String, fix| {
+            Err(ConfigError::Value {
+                path: path.to_owned(),
+                key,
+                value,
+                fix,
+            })
+        };
+        if self.vcpus == 0 {
+            return wrong("vm.vcpus", "0".to_owned(), "must be at least 1");
+        }
+        if self.memory < MIN_MEMORY {
+            let value = self.memory.display().iec().to_string();
+            return wrong(
+                "vm.memory",
+                value,
+                "must be at least 64MiB, or the guest cannot boot",
+            );
+        }
+        Ok(())
+    }
+
+    /// The kernel and initramfs to boot, from the keys, the environment or the cache of
+    /// built guest images.
+    ///
+    /// # Errors
+    /// Nothing is configured and nothing was built, or a file is missing. The message says
+    /// what to do.
+    pub fn guest_files(&self) -> Result<GuestFiles, MissingGuestFile> {
+        let kernel = locate("kernel", KERNEL_VAR, self.kernel.as_deref())?;
+        let initramfs = locate("initramfs", INITRAMFS_VAR, self.initramfs.as_deref())?;
+        Ok(GuestFiles { kernel, initramfs })
+    }
+}
+
+/// What a VM boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestFiles {
+    /// ELF `vmlinux` or bzImage.
+    pub kernel: PathBuf,
+    /// cpio archive with the agent as `/init`.
+    pub initramfs: PathBuf,
+}
+
+/// A part of the guest is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum MissingGuestFile {
+    /// Neither configured nor built.
+    #[error(
+        "no guest {what}: run `kuasar-ctl guest build`, or set `vm.{what}` in the \
+         configuration file or {variable} in the environment"
+    )]
+    NotConfigured {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// Environment variable.
+        variable: &'static str,
+    },
+    /// Configured, but not a file.
+    #[error("the guest {what} {path} cannot be used: {reason}")]
+    Unusable {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+fn locate(
+    what: &'static str,
+    variable: &'static str,
+    configured: Option<&Path>,
+) -> Result<PathBuf, MissingGuestFile> {
+    let path = std::env::var_os(variable)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| configured.map(Path::to_owned))
+        .ok_or(MissingGuestFile::NotConfigured { what, variable })?;
+    let unusable = |reason: String| MissingGuestFile::Unusable {
+        what,
+        path: path.clone(),
+        reason,
+    };
+    let metadata = std::fs::metadata(&path).map_err(|e| unusable(e.to_string()))?;
+    if !metadata.is_file() {
+        return Err(unusable("not a regular file".to_owned()));
+    }
+    Ok(path)
+}
+
+/// `[fs]`: the virtio-fs share of each pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Fs {
+    /// Threads per pod that serve file system requests.
+    pub workers: u32,
+    /// What the guest may keep: `never` (the host's changes are seen at once), `auto`
+    /// (kept until the file is opened again), `always` (the host must not change files).
+    pub cache: FsCache,
+}
+
+impl Default for Fs {
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            cache: FsCache::Auto,
+        }
+    }
+}
+
+impl Fs {
+    pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        if (1..=64).contains(&self.workers) {
+            return Ok(());
+        }
+        Err(ConfigError::Value {
+            path: path.to_owned(),
+            key: "fs.workers",
+            value: self.workers.to_string(),
+            fix: "must be 1 to 64",
+        })
+    }
+}
+
+/// How long the guest may use file data and attributes without asking again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FsCache {
+    /// Not at all.
+    Never,
+    /// Until the file is opened again.
+    #[default]
+    Auto,
+    /// For ever.
+    Always,
+}

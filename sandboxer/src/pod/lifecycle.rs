@@ -1,0 +1,377 @@
+//! From created to gone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_api::rpc;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_util::sync::DropGuard;
+use tracing::{Instrument, error, info, info_span, warn};
+use vmm_core::vm::{ExitReason, Vm, VmError};
+
+use super::process::{Exit, KILLED};
+use super::{Machine, Phase, Pod, PodError, Result, lock, nanoseconds};
+use crate::agent::{AgentClient, AgentEvent, Connected, Limits};
+use crate::backend::MachineRequest;
+use crate::pod::MachineSize;
+
+/// Bytes that seed the guest's random pool.
+const ENTROPY_BYTES: usize = 64;
+
+/// Exit status of a pod that never became ready.
+const NEVER_READY: u32 = 255;
+
+impl Pod {
+    /// Begins a start, which only one caller can.
+    ///
+    /// # Errors
+    /// The pod was started before or is being stopped.
+    pub fn begin_start(&self) -> Result<()> {
+        if self.advance(|phase| *phase == Phase::Created, Phase::Starting) {
+            return Ok(());
+        }
+        Err(self.wrong_phase("start"))
+    }
+
+    /// After [`Pod::begin_start`]: boots the pod's machine and waits for its agent.
+    ///
+    /// # Errors
+    /// The machine or its agent failed, or the start was given up. The machine is gone then
+    /// and the pod is of no further use.
+    pub async fn start(self: &Arc<Self>) -> Result<()> {
+        let span = info_span!("pod", pod = self.id());
+        async {
+            info!("starting");
+            let mut vm = None;
+            match self.boot(&mut vm).await {
+                Ok(events) => {
+                    let watcher = Arc::clone(self).watch(events);
+                    tokio::spawn(watcher.instrument(info_span!("pod", pod = self.id())));
+                    info!("ready");
+                    Ok(())
+                }
+                Err(e) => {
+                    error!("start failed: {e}");
+                    if let Some(vm) = vm {
+                        self.end_machine(vm).await;
+                    }
+                    self.settle(Exit::now(NEVER_READY), &e.to_string()).await;
+                    Err(e)
+                }
+            }
+        }
+        .instrument(span)
+        .await
+    }
+
+    /// Makes a start that is under way fail when the guard is dropped.
+    #[must_use]
+    pub fn give_up_start_on_drop(&self) -> DropGuard {
+        self.give_up.clone().drop_guard()
+    }
+
+    async fn boot(&self, slot: &mut Option<Arc<dyn Vm>>) -> Result<mpsc::Receiver<AgentEvent>> {
+        let vm_error = |source| PodError::Vm {
+            pod: self.id().to_owned(),
+            source,
+        };
+        // Not given up half way: what is being built has no owner yet.
+        let request = self.machine_request()?;
+        let built = self.environment.backend.build(request).await;
+        let vm = Arc::clone(slot.insert(built.map_err(vm_error)?));
+        let bring_up = async {
+            let listener = vm.listen(agent_api::CONTROL_PORT).map_err(vm_error)?;
+            vm.start().await.map_err(vm_error)?;
+            let connected = AgentClient::connect(listener, self.limits()).await?;
+            connected.client.setup_sandbox(self.setup()).await?;
+            Ok::<_, PodError>(connected)
+        };
+        let mut exited = vm.exited();
+        let connected: Connected = tokio::select! {
+            biased;
+            () = self.give_up.cancelled() => return Err(PodError::Cancelled("the start")),
+            reason = ended(&mut exited) => return Err(vm_error(VmError::Exited(reason))),
+            connected = bring_up => connected?,
+        };
+        info!(
+            kernel = connected.ready.kernel_release,
+            agent = connected.ready.agent_version,
+            "guest is up"
+        );
+        let machine = Machine {
+            vm: Arc::clone(&vm),
+            agent: connected.client,
+        };
+        *lock(&self.machine) = Some(Arc::new(machine));
+        if self.advance(|phase| *phase == Phase::Starting, Phase::Ready) {
+            return Ok(connected.events);
+        }
+        lock(&self.machine).take();
+        Err(PodError::Cancelled("the start"))
+    }
+
+    fn machine_request(&self) -> Result<MachineRequest> {
+        let linux = self.request.config.linux.as_ref();
+        let size = MachineSize::for_pod(
+            linux.and_then(|linux| linux.resources.as_ref()),
+            linux.and_then(|linux| linux.overhead.as_ref()),
+            &self.environment.vm,
+        )?;
+        let share = lock(&self.share)
+            .as_ref()
+            .map(|share| share.path().to_owned())
+            .ok_or_else(|| self.wrong_phase("start"))?;
+        Ok(MachineRequest {
+            pod: self.id().to_owned(),
+            vcpus: size.vcpus,
+            memory_bytes: size.memory_bytes,
+            share,
+            dir: self.dir.clone(),
+        })
+    }
+
+    fn limits(&self) -> Limits {
+        let timeouts = &self.environment.timeouts;
+        Limits {
+            boot: timeouts.boot,
+            call: timeouts.agent_call,
+            connect: timeouts.connect,
+        }
+    }
+
+    fn setup(&self) -> rpc::SetupSandboxRequest {
+        let linux = self.request.config.linux.as_ref();
+        let files = super::PodFiles {
+            hostname: self.request.hostname(),
+            dns: self.request.config.dns_config.as_ref(),
+        };
+        rpc::SetupSandboxRequest {
+            hostname: self.request.hostname().to_owned(),
+            time_ns: nanoseconds(std::time::SystemTime::now()),
+            entropy: entropy(),
+            mounts: vec![rpc::Mount {
+                source: agent_api::SHARE_TAG.to_owned(),
+                target: agent_api::SHARE_DIR.to_owned(),
+                fstype: "virtiofs".to_owned(),
+                ..Default::default()
+            }],
+            sysctls: linux
+                .map(|linux| linux.sysctls.clone().into_iter().collect())
+                .unwrap_or_default(),
+            environment: self
+                .environment
+                .backend
+                .guest_environment()
+                .into_iter()
+                .collect(),
+            resolv_conf: files.resolv_conf(),
+            ..Default::default()
+        }
+    }
+
+    /// Follows what happens in the guest until its machine ends.
+    async fn watch(self: Arc<Self>, mut events: mpsc::Receiver<AgentEvent>) {
+        let Ok(machine) = self.machine() else {
+            return;
+        };
+        let mut exited = machine.vm.exited();
+        drop(machine);
+        let reason = loop {
+            tokio::select! {
+                reason = ended(&mut exited) => break reason,
+                Some(event) = events.recv() => self.dispatch(event),
+            }
+        };
+        while let Ok(event) = events.try_recv() {
+            self.dispatch(event);
+        }
+        let stopped = self.advance(|phase| *phase == Phase::Ready, Phase::Stopping);
+        let code = if stopped {
+            warn!("the machine ended: {reason}");
+            KILLED
+        } else {
+            info!("stopped");
+            0
+        };
+        let machine = lock(&self.machine).take();
+        if let Some(machine) = machine {
+            self.end_machine(Arc::clone(&machine.vm)).await;
+        }
+        self.settle(Exit::now(code), &reason.to_string()).await;
+    }
+
+    fn dispatch(&self, event: AgentEvent) {
+        match event {
+            AgentEvent::Exit { process, code } => {
+                let found = self
+                    .container(&process.container_id)
+                    .and_then(|container| container.process(&process.exec_id));
+                if let Ok(process) = found
+                    && process.exited(Exit::now(code))
+                {
+                    let (what, id) = process.what();
+                    info!("{what} {id} exited with {code}");
+                }
+            }
+            AgentEvent::Oom { container_id } => {
+                warn!(container = container_id, "out of memory");
+            }
+        }
+    }
+
+    /// Stops the machine; `limit` replaces the configured time. Idempotent, and safe while
+    /// the pod starts: the start is given up.
+    ///
+    /// # Errors
+    /// The machine did not end in time.
+    pub async fn stop(self: &Arc<Self>, limit: Option<Duration>) -> Result<()> {
+        let limit = limit.unwrap_or(self.environment.timeouts.stop);
+        self.give_up.cancel();
+        if self.advance(|phase| *phase == Phase::Created, Phase::Stopping) {
+            self.settle(Exit::now(0), "never started").await;
+        } else if self.advance(|phase| *phase == Phase::Ready, Phase::Stopping) {
+            info!(pod = self.id(), "stopping");
+            if let Ok(machine) = self.machine() {
+                let pod = Arc::clone(self);
+                let ending = async move { pod.power_off(&machine, limit).await };
+                // Carried on when the caller does not wait for it.
+                let done = self.operations.spawn(ending).await;
+                if let Ok(Err(source)) = done {
+                    return Err(PodError::Vm {
+                        pod: self.id().to_owned(),
+                        source,
+                    });
+                }
+            }
+        }
+        // A start that is given up needs the time of a stop as well.
+        let settled = limit.saturating_mul(2);
+        timeout(settled, self.wait())
+            .await
+            .map(drop)
+            .map_err(|_| PodError::Vm {
+                pod: self.id().to_owned(),
+                source: VmError::Deadline {
+                    what: "stopping the sandbox",
+                    limit: settled,
+                },
+            })
+    }
+
+    /// Lets the guest flush and power off, then ends the machine whatever it did.
+    async fn power_off(
+        &self,
+        machine: &Machine,
+        limit: Duration,
+    ) -> std::result::Result<(), VmError> {
+        let mut exited = machine.vm.exited();
+        let graceful = async {
+            if let Err(e) = machine.agent.shutdown().await {
+                warn!(pod = self.id(), "{e}");
+                return;
+            }
+            ended(&mut exited).await;
+        };
+        if timeout(limit, graceful).await.is_err() {
+            warn!(pod = self.id(), "the guest did not power off in {limit:?}");
+        }
+        machine.vm.stop(limit).await
+    }
+
+    /// Waits until the pod's machine has ended and everything it held is released.
+    pub async fn wait(&self) -> Exit {
+        let mut phases = self.phase.subscribe();
+        loop {
+            if let Phase::NotReady { exit, .. } = &*phases.borrow_and_update() {
+                return *exit;
+            }
+            if phases.changed().await.is_err() {
+                return Exit::now(KILLED);
+            }
+        }
+    }
+
+    /// Ends the machine and frees it where blocking is allowed.
+    async fn end_machine(&self, vm: Arc<dyn Vm>) {
+        if let Err(e) = vm.stop(self.environment.timeouts.stop).await {
+            error!(pod = self.id(), "cannot stop the machine: {e}");
+        }
+        // Dropping joins threads.
+        let _ = tokio::task::spawn_blocking(move || drop(vm)).await;
+    }
+
+    /// Ends everything that ran in the machine, releases the host's mounts and says so.
+    async fn settle(&self, exit: Exit, reason: &str) {
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        let mut storages = Vec::new();
+        for container in &containers {
+            container.all_exited(Exit::now(KILLED));
+            storages.extend(container.take_storage());
+        }
+        let _ = tokio::task::spawn_blocking(move || drop(storages)).await;
+        self.phase.send_if_modified(|phase| {
+            if matches!(phase, Phase::NotReady { .. }) {
+                return false;
+            }
+            *phase = Phase::NotReady {
+                exit,
+                reason: reason.to_owned(),
+            };
+            true
+        });
+    }
+
+    /// Stops the pod and releases all the host holds for it, its folder included.
+    ///
+    /// # Errors
+    /// As for [`Pod::stop`]; the host's resources are kept then, for another try.
+    pub async fn shutdown(self: &Arc<Self>) -> Result<()> {
+        self.stop(None).await?;
+        self.operations.close();
+        let limit = self.environment.timeouts.stop;
+        if timeout(limit, self.operations.wait()).await.is_err() {
+            warn!(pod = self.id(), "operations outlive the sandbox");
+        }
+        let containers = std::mem::take(&mut *lock(&self.containers));
+        let share = lock(&self.share).take();
+        let folder = lock(&self.folder).take();
+        let _ = tokio::task::spawn_blocking(move || {
+            drop(containers);
+            drop(share);
+            drop(folder);
+        })
+        .await;
+        Ok(())
+    }
+
+    fn advance(&self, from: impl FnOnce(&Phase) -> bool, to: Phase) -> bool {
+        self.phase.send_if_modified(|phase| {
+            let moves = from(phase);
+            if moves {
+                *phase = to;
+            }
+            moves
+        })
+    }
+}
+
+/// Waits for the end of a VM.
+async fn ended(exited: &mut tokio::sync::watch::Receiver<Option<ExitReason>>) -> ExitReason {
+    match exited.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or(ExitReason::Stopped),
+        Err(_) => ExitReason::Stopped,
+    }
+}
+
+/// Fresh random bytes from the host.
+fn entropy() -> Vec<u8> {
+    use std::io::Read;
+    let mut bytes = vec![0; ENTROPY_BYTES];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes));
+    if read.is_err() {
+        // The guest then relies on its own sources.
+        bytes.clear();
+    }
+    bytes
+}

@@ -1,0 +1,163 @@
+//! Turns the OCI spec of a container as the host means it into one for the guest.
+//!
+//! The spec is edited as JSON, so that keys this daemon does not know reach the guest. What
+//! only makes sense on the host (namespace paths, devices, LSM labels, hooks, CPU sets) is
+//! taken out; a line in the log says so where a user asked for it.
+
+mod mounts;
+#[cfg(test)]
+mod tests;
+
+use serde_json::{Map, Value};
+use tracing::warn;
+
+use super::error::{PodError, Result};
+use super::storage::{Bind, MOUNTS, ROOTFS};
+
+pub(crate) use mounts::PodFile;
+
+/// What a spec is rewritten for.
+#[derive(Debug)]
+pub(crate) struct Guest<'a> {
+    /// The container's id.
+    pub(crate) container: &'a str,
+    /// `/etc/hosts` and the like, as they are in the guest.
+    pub(crate) files: &'a [PodFile],
+}
+
+impl Guest<'_> {
+    fn path(&self, rest: &str) -> String {
+        format!("{}/{}/{rest}", agent_api::SHARE_DIR, self.container)
+    }
+}
+
+/// Rewrites `spec` and returns what has to be bound on the host for it.
+///
+/// # Errors
+/// The spec is not an object or asks for something no guest can have.
+pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Vec<Bind>> {
+    let object = spec.as_object_mut().ok_or_else(|| {
+        PodError::invalid("config.json", "not an object", "must be an OCI runtime spec")
+    })?;
+    set_root(object, guest)?;
+    if let Some(process) = object.get_mut("process") {
+        clean_process(process, guest.container);
+    }
+    let joins_uts = clean_linux(object, guest.container);
+    if joins_uts {
+        // The guest's own host name is the pod's.
+        object.remove("hostname");
+        object.remove("domainname");
+    }
+    if object.remove("hooks").is_some_and(|hooks| !is_empty(&hooks)) {
+        warn!(
+            container = guest.container,
+            "OCI hooks are programs of the host; none is run"
+        );
+    }
+    mounts::rewrite(object, guest)
+}
+
+fn set_root(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<()> {
+    let root = spec
+        .entry("root")
+        .or_insert_with(|| Value::Object(Map::new()))
+        .as_object_mut()
+        .ok_or_else(|| PodError::invalid("config.json: root", "", "must be an object"))?;
+    root.insert("path".to_owned(), Value::String(guest.path(ROOTFS)));
+    Ok(())
+}
+
+/// Takes what only the host has out of an OCI process.
+pub(crate) fn clean_process(process: &mut Value, container: &str) {
+    let Some(process) = process.as_object_mut() else {
+        return;
+    };
+    for key in ["apparmorProfile", "selinuxLabel"] {
+        if process.remove(key).is_some_and(|value| !is_empty(&value)) {
+            warn!(container, "process.{key} names something of the host; ignored");
+        }
+    }
+}
+
+/// Returns whether the container uses the pod's UTS namespace, which is the guest's own.
+fn clean_linux(spec: &mut Map<String, Value>, container: &str) -> bool {
+    let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else {
+        return true;
+    };
+    linux.insert(
+        "cgroupsPath".to_owned(),
+        Value::String(format!("/kuasar/{container}")),
+    );
+    for (key, meaning) in [
+        ("devices", "devices of the host"),
+        ("mountLabel", "an SELinux label of the host"),
+        ("intelRdt", "cache ways of the host"),
+        ("netDevices", "network devices of the host"),
+    ] {
+        if linux.remove(key).is_some_and(|value| !is_empty(&value)) {
+            warn!(container, "linux.{key} names {meaning}; ignored");
+        }
+    }
+    if let Some(resources) = linux.get_mut("resources") {
+        clean_resources(resources);
+    }
+    clean_namespaces(linux)
+}
+
+/// Takes limits that name hardware of the host out of OCI `LinuxResources`.
+pub(crate) fn clean_resources(resources: &mut Value) {
+    let Some(resources) = resources.as_object_mut() else {
+        return;
+    };
+    for key in ["blockIO", "network", "rdma"] {
+        resources.remove(key);
+    }
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        // Numbers of host CPUs mean nothing in the guest.
+        cpu.remove("cpus");
+        cpu.remove("mems");
+    }
+}
+
+/// The guest itself is the pod's network, IPC and UTS namespace, so a container that joins
+/// those by a path of the host just stays in the guest's.
+fn clean_namespaces(linux: &mut Map<String, Value>) -> bool {
+    let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else {
+        return true;
+    };
+    namespaces.retain(|namespace| {
+        let joins = namespace
+            .get("path")
+            .and_then(Value::as_str)
+            .is_some_and(|path| !path.is_empty());
+        match namespace.get("type").and_then(Value::as_str) {
+            Some("network") => false,
+            Some("ipc" | "uts") => !joins,
+            _ => true,
+        }
+    });
+    for namespace in namespaces.iter_mut() {
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.remove("path");
+        }
+    }
+    !namespaces
+        .iter()
+        .any(|namespace| namespace.get("type").and_then(Value::as_str) == Some("uts"))
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(s) => s.is_empty(),
+        Value::Array(a) => a.is_empty(),
+        Value::Object(o) => o.values().all(is_empty),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// Path in the guest of the bind `name` of a container.
+fn bind_path(guest: &Guest<'_>, name: &str) -> String {
+    guest.path(&format!("{MOUNTS}/{name}"))
+}

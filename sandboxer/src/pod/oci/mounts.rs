@@ -1,0 +1,139 @@
+//! The mounts of a spec: binds come through the share, the rest is the guest's own.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tracing::warn;
+
+use super::super::error::{PodError, Result};
+use super::{Bind, Guest, bind_path};
+
+/// A file of the pod that every container gets unless its spec brings one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PodFile {
+    /// Where containers see it.
+    pub(crate) destination: &'static str,
+    /// Where the guest has it.
+    pub(crate) guest_path: String,
+}
+
+/// Rewrites `mounts` and returns the binds to make on the host.
+pub(super) fn rewrite(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<Vec<Bind>> {
+    let read_only = spec
+        .get("root")
+        .and_then(|root| root.get("readonly"))
+        .and_then(Value::as_bool)
+        .unwrap_or(false);
+    let mounts = spec
+        .entry("mounts")
+        .or_insert_with(|| Value::Array(Vec::new()))
+        .as_array_mut()
+        .ok_or_else(|| PodError::invalid("config.json: mounts", "", "must be an array"))?;
+    mounts.retain(|mount| !replaced_by_pod_file(mount, guest.files));
+    let mut binds = Vec::new();
+    for mount in mounts.iter_mut() {
+        rewrite_one(mount, guest, &mut binds)?;
+    }
+    for file in guest.files {
+        if !mounts.iter().any(|mount| destination(mount) == file.destination) {
+            let access = if read_only { "ro" } else { "rw" };
+            mounts.push(json!({
+                "destination": file.destination,
+                "type": "bind",
+                "source": file.guest_path,
+                "options": ["bind", "rprivate", access],
+            }));
+        }
+    }
+    Ok(binds)
+}
+
+fn rewrite_one(mount: &mut Value, guest: &Guest<'_>, binds: &mut Vec<Bind>) -> Result<()> {
+    let options = strings(mount.get("options"));
+    let fstype = text(mount, "type");
+    let is_bind = fstype == "bind" || options.iter().any(|o| o == "bind" || o == "rbind");
+    if !is_bind {
+        return Ok(());
+    }
+    let destination = destination(mount).to_owned();
+    let object = mount
+        .as_object_mut()
+        .ok_or_else(|| PodError::invalid("config.json: mounts", "", "must hold objects"))?;
+    if destination == "/dev/shm" {
+        // Shared memory of the host cannot be shared with a guest's kernel: the pod's own
+        // is the guest's.
+        object.insert("source".to_owned(), json!("/dev/shm"));
+        return Ok(());
+    }
+    let source = PathBuf::from(object.get("source").and_then(Value::as_str).unwrap_or(""));
+    check_source(&source, &destination)?;
+    let name = binds.len().to_string();
+    object.insert("source".to_owned(), json!(bind_path(guest, &name)));
+    if options.iter().any(|o| o == "rshared" || o == "shared") {
+        warn!(
+            container = guest.container,
+            "mounts made in {destination} do not reach the host (Bidirectional propagation)"
+        );
+    }
+    // Propagation is arranged on the host; in the guest the mount stands alone.
+    let guest_options: Vec<&String> = options
+        .iter()
+        .filter(|o| !matches!(o.as_str(), "shared" | "rshared" | "slave" | "rslave"))
+        .collect();
+    object.insert("options".to_owned(), json!(guest_options));
+    binds.push(Bind {
+        source,
+        name,
+        options,
+    });
+    Ok(())
+}
+
+fn check_source(source: &Path, destination: &str) -> Result<()> {
+    let invalid = |fix: String| {
+        Err(PodError::invalid(
+            "mount source",
+            source.display().to_string(),
+            format!("{fix} (mounted on {destination})"),
+        ))
+    };
+    if !source.is_absolute() {
+        return invalid("must be an absolute path".to_owned());
+    }
+    match std::fs::metadata(source) {
+        Err(e) => invalid(format!("cannot be used: {e}")),
+        Ok(meta) if meta.file_type().is_block_device() || meta.file_type().is_char_device() => {
+            invalid("is a device of the host, which a guest cannot use".to_owned())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// containerd 1.7 mounts a folder it made up where a pod without a pause container has no
+/// hosts file: whatever is not a file gives way to the pod's own.
+fn replaced_by_pod_file(mount: &Value, files: &[PodFile]) -> bool {
+    files.iter().any(|file| file.destination == destination(mount))
+        && !Path::new(text(mount, "source")).is_file()
+}
+
+fn destination(mount: &Value) -> &str {
+    let path = text(mount, "destination");
+    match path.trim_end_matches('/') {
+        "" => path,
+        trimmed => trimmed,
+    }
+}
+
+fn text<'a>(mount: &'a Value, key: &str) -> &'a str {
+    mount.get(key).and_then(Value::as_str).unwrap_or("")
+}
+
+fn strings(value: Option<&Value>) -> Vec<String> {
+    value
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(|v| v.as_str().map(str::to_owned))
+        .collect()
+}

@@ -1,0 +1,190 @@
+//! The daemon as a value: start it, use its address, shut it down.
+
+mod folder;
+mod socket;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use self::folder::DaemonFolder;
+use self::socket::ListenSocket;
+use crate::backend::SandboxBackend;
+use crate::backend::vmm::{BackendError, VmmBackend};
+use crate::config::Config;
+use crate::controller::{ControllerService, Pods};
+use crate::pod::{PodEnvironment, PodError, record};
+use crate::rpc::controller::controller_server::ControllerServer;
+
+/// Where `vmm-sandboxer` listens unless told otherwise.
+pub const DEFAULT_LISTEN: &str = "/run/vmm-sandboxer.sock";
+
+/// Where `vmm-sandboxer` keeps its pods unless told otherwise.
+pub const DEFAULT_DIR: &str = "/run/kuasar-vmm";
+
+/// What a daemon is started with.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Socket of the Controller.
+    pub listen: PathBuf,
+    /// Folder for pods; belongs to one daemon at a time.
+    pub dir: PathBuf,
+    /// Everything else.
+    pub config: Config,
+    /// Makes the machines; `None`: what the configuration says.
+    pub backend: Option<Arc<dyn SandboxBackend>>,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            listen: PathBuf::from(DEFAULT_LISTEN),
+            dir: PathBuf::from(DEFAULT_DIR),
+            config: Config::default(),
+            backend: None,
+        }
+    }
+}
+
+/// Why a daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The socket is taken by a living process.
+    #[error(
+        "{0} is in use by a running daemon: stop it, or choose another socket with --listen"
+    )]
+    SocketInUse(PathBuf),
+    /// Another daemon owns the folder.
+    #[error("{0} belongs to a running daemon: stop it, or choose another folder with --dir")]
+    FolderInUse(PathBuf),
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried, with the path.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// Machines cannot be made on this host.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// What an earlier daemon left cannot be cleaned up.
+    #[error(transparent)]
+    Stale(#[from] PodError),
+}
+
+impl ServerError {
+    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// The daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct Server;
+
+impl Server {
+    /// Starts a daemon in this process: probes the host, cleans up after an earlier daemon,
+    /// then listens.
+    ///
+    /// # Errors
+    /// The folder or socket belongs to another daemon, or the host cannot run machines.
+    pub async fn start(options: ServerOptions) -> Result<RunningServer, ServerError> {
+        let folder = DaemonFolder::claim(&options.dir)?;
+        let backend = match options.backend {
+            Some(backend) => backend,
+            None => Arc::new(VmmBackend::new(&options.config).await?),
+        };
+        let timeouts = if backend.slow_kernel() {
+            options.config.timeouts.for_slow_host()
+        } else {
+            options.config.timeouts.clone()
+        };
+        let stale = options.dir.clone();
+        tokio::task::spawn_blocking(move || record::clean_stale(&stale))
+            .await
+            .map_err(|e| ServerError::io("cleaning up")(e.into()))??;
+        let (listener, socket) = ListenSocket::bind(&options.listen).await?;
+        let pods = Arc::new(Pods::new(Arc::new(PodEnvironment {
+            dir: options.dir,
+            backend,
+            vm: options.config.vm,
+            timeouts,
+        })));
+        let stop = CancellationToken::new();
+        let serving = tonic::transport::Server::builder()
+            .add_service(ControllerServer::new(ControllerService::new(Arc::clone(
+                &pods,
+            ))))
+            .serve_with_incoming_shutdown(
+                UnixListenerStream::new(listener),
+                stop.clone().cancelled_owned(),
+            );
+        info!("listening on {}", options.listen.display());
+        Ok(RunningServer {
+            address: options.listen,
+            pods,
+            stop,
+            serving: tokio::spawn(serving),
+            socket,
+            folder,
+        })
+    }
+}
+
+/// A daemon that serves. Dropping it ends its machines but waits for nothing; use
+/// [`RunningServer::shutdown`].
+#[derive(Debug)]
+pub struct RunningServer {
+    address: PathBuf,
+    pods: Arc<Pods>,
+    stop: CancellationToken,
+    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    socket: ListenSocket,
+    folder: DaemonFolder,
+}
+
+impl RunningServer {
+    /// Socket of the Controller.
+    #[must_use]
+    pub fn address(&self) -> &std::path::Path {
+        &self.address
+    }
+
+    /// The pods of this daemon.
+    #[must_use]
+    pub fn pods(&self) -> &Arc<Pods> {
+        &self.pods
+    }
+
+    /// Stops all pods within `deadline`, answers what is under way, and stops listening.
+    pub async fn shutdown(self, deadline: Duration) {
+        self.pods.shutdown_all(deadline).await;
+        self.stop.cancel();
+        let Self {
+            serving,
+            socket,
+            folder,
+            ..
+        } = self;
+        let abort = serving.abort_handle();
+        match tokio::time::timeout(CLOSE_LIMIT, serving).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(e))) => warn!("serving failed: {e}"),
+            Ok(Err(e)) => warn!("serving failed: {e}"),
+            Err(_) => abort.abort(),
+        }
+        drop(socket);
+        drop(folder);
+        info!("stopped");
+    }
+}
+
+/// How long clients may keep their connections once all pods are gone.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
