@@ -112,7 +112,11 @@ fn vm_threads(proc_dir: &str) -> Vec<String> {
         .iter()
         .filter_map(|tid| fs::read_to_string(format!("{proc_dir}/task/{tid}/comm")).ok())
         .map(|name| name.trim().to_owned())
-        .filter(|name| !name.starts_with("tokio") && !name.starts_with("vmm-sandboxer"))
+        .filter(|name| {
+            !["sandboxer", "tokio", "vmm-sandboxer"]
+                .iter()
+                .any(|own| name.starts_with(own))
+        })
         .collect();
     names.sort();
     names
