@@ -144,6 +144,17 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Figures now.
     fn stats(&self) -> VmStats;
 
+    /// Records that the VM reached `phase` now, for [`VmStats::phases`]; only the first
+    /// time counts. Backends without figures ignore it.
+    fn mark_phase(&self, phase: &'static str) {
+        let _ = phase;
+    }
+
+    /// The newest console output, a few KiB, where the backend has it.
+    fn console_tail(&self) -> Option<String> {
+        None
+    }
+
     /// Stops the vCPUs without losing state.
     async fn pause(&self) -> Result<(), VmError> {
         Err(VmError::Unsupported {

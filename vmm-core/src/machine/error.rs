@@ -1,0 +1,70 @@
+use std::io;
+use std::path::PathBuf;
+
+use crate::arch::BootError;
+use crate::config::ConfigError;
+
+/// Why a machine could not be built. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A field of the configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM refused a step.
+    #[error("KVM cannot {what}")]
+    Kvm {
+        /// The step.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Guest memory.
+    #[error("cannot get {bytes} bytes of guest memory")]
+    Memory {
+        /// As configured.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The console's log file.
+    #[error("console.path = {}: cannot create the log file; check its folder", path.display())]
+    Console {
+        /// As configured.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A device.
+    #[error("cannot attach the device {name}")]
+    Device {
+        /// As configured.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread or an fd of the machine's own.
+    #[error("cannot start the machine's {what}")]
+    Thread {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BuildError {
+    pub(super) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |err| Self::Kvm {
+            what,
+            source: err.into(),
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The running parts of a machine, and how they end.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::event_loop::EventLoop;
+use devices::transport::mmio::MmioTransport;
+
+use crate::kvm_vm::KvmVm;
+use crate::vcpu::{Buses, VcpuGroup};
+
+/// Everything that holds threads, fds or memory.
+///
+/// Fields drop in order: the guest can no longer run when the devices go, and the devices
+/// no longer work when the memory goes.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) vcpus: Arc<VcpuGroup>,
+    pub(super) devices: Vec<Arc<MmioTransport>>,
+    pub(super) event_loop: Mutex<EventLoop>,
+    pub(super) buses: Arc<Buses>,
+    pub(super) vm: Arc<KvmVm>,
+}
+
+impl Live {
+    /// Ends vCPUs, devices and threads; returns when all of them have. Idempotent.
+    pub(super) fn tear_down(&self) {
+        self.vcpus.stop();
+        for device in &self.devices {
+            device.reset();
+        }
+        self.event_loop
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .shutdown();
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.tear_down();
+    }
+}

@@ -1,0 +1,230 @@
+//! [`Vm`] for the in-process machine.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::{Machine, sum_exits};
+use crate::vm::{ExitReason, GuestListener, GuestStream, Vm, VmError, VmStats};
+
+/// A vCPU that is asked to pause leaves the guest within microseconds and finishes one
+/// exit; this is for hosts under heavy load.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+impl Machine {
+    fn ensure_running(&self) -> Result<Arc<super::Live>, VmError> {
+        if let Some(reason) = self.exit.get() {
+            return Err(VmError::Exited(reason));
+        }
+        self.live().ok_or(VmError::Exited(ExitReason::Stopped))
+    }
+}
+
+#[async_trait]
+impl Vm for Machine {
+    fn backend(&self) -> &'static str {
+        "in-process"
+    }
+
+    async fn start(&self) -> Result<(), VmError> {
+        self.ensure_running()?.vcpus.run();
+        tracing::info!(pod = self.name, "machine started");
+        Ok(())
+    }
+
+    async fn stop(&self, deadline: Duration) -> Result<(), VmError> {
+        self.exit.report(ExitReason::Stopped);
+        if let Some(live) = self.take_live() {
+            let torn_down = self.torn_down.clone();
+            let pod = self.name.clone();
+            // On a thread of its own, so that it goes on when the deadline has passed or
+            // the caller has gone.
+            tokio::task::spawn_blocking(move || {
+                live.tear_down();
+                drop(live);
+                torn_down.send_replace(true);
+                tracing::info!(pod, "machine stopped");
+            });
+        }
+        let mut torn_down = self.torn_down.subscribe();
+        let done = torn_down.wait_for(|done| *done);
+        match timeout(deadline, done).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(VmError::Deadline {
+                what: "stopping the VM",
+                limit: deadline,
+            }),
+        }
+    }
+
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
+        self.exit.subscribe()
+    }
+
+    async fn connect(
+        &self,
+        port: u32,
+        deadline: Duration,
+    ) -> Result<Box<dyn GuestStream>, VmError> {
+        self.ensure_running()?;
+        let Some(vsock) = &self.vsock else {
+            return Err(VmError::Unsupported {
+                what: "connect to the guest without a vsock device",
+                backend: self.backend(),
+            });
+        };
+        let answer = vsock.connect(port);
+        let mut exited = self.exit.subscribe();
+        let answered = async {
+            tokio::select! {
+                answer = answer => Ok(answer),
+                _ = exited.wait_for(Option::is_some) => {
+                    Err(VmError::Exited(self.exit.get().unwrap_or(ExitReason::Stopped)))
+                }
+            }
+        };
+        let answer = timeout(deadline, answered)
+            .await
+            .map_err(|_| VmError::Deadline {
+                what: "connecting to the guest",
+                limit: deadline,
+            })??;
+        let stream = match answer {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(err)) if err.kind() == io::ErrorKind::ConnectionRefused => {
+                return Err(VmError::Refused(port));
+            }
+            Ok(Err(source)) => {
+                return Err(VmError::Io {
+                    what: format!("cannot connect to guest port {port}"),
+                    source,
+                });
+            }
+            // The device went away with its VM.
+            Err(_) => {
+                return Err(VmError::Exited(
+                    self.exit.get().unwrap_or(ExitReason::Stopped),
+                ));
+            }
+        };
+        Ok(Box::new(into_async(stream)?))
+    }
+
+    fn listen(&self, port: u32) -> Result<Box<dyn GuestListener>, VmError> {
+        self.ensure_running()?;
+        let Some(vsock) = &self.vsock else {
+            return Err(VmError::Unsupported {
+                what: "listen for the guest without a vsock device",
+                backend: self.backend(),
+            });
+        };
+        let streams = vsock.listen(port).map_err(|source| VmError::Io {
+            what: format!("cannot listen on host port {port}"),
+            source,
+        })?;
+        Ok(Box::new(Listener {
+            streams,
+            exited: self.exit.subscribe(),
+        }))
+    }
+
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+
+    fn vcpu_threads(&self) -> Vec<i32> {
+        self.live()
+            .map_or_else(Vec::new, |live| live.vcpus.thread_ids())
+    }
+
+    fn stats(&self) -> VmStats {
+        let live = self.live();
+        VmStats {
+            exits: match &live {
+                Some(live) => sum_exits(live),
+                None => self
+                    .final_exits
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .clone(),
+            },
+            phases: self.phases.all(),
+            memory_bytes: self.memory_bytes,
+            resident_bytes: live
+                .and_then(|live| live.vm.ram().and_then(|ram| ram.resident_bytes().ok())),
+        }
+    }
+
+    fn mark_phase(&self, phase: &'static str) {
+        self.phases.mark_first(phase);
+    }
+
+    fn console_tail(&self) -> Option<String> {
+        Some(self.console.tail())
+    }
+
+    async fn pause(&self) -> Result<(), VmError> {
+        let live = self.ensure_running()?;
+        let limit = Instant::now()
+            .checked_add(PAUSE_LIMIT)
+            .unwrap_or_else(Instant::now);
+        let paused = tokio::task::spawn_blocking(move || live.vcpus.pause(limit))
+            .await
+            .map_err(|err| VmError::Io {
+                what: "cannot wait for the vCPUs".to_owned(),
+                source: io::Error::other(err),
+            })?;
+        if !paused {
+            return Err(VmError::Deadline {
+                what: "pausing the vCPUs",
+                limit: PAUSE_LIMIT,
+            });
+        }
+        // It may have ended meanwhile.
+        self.ensure_running()?;
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), VmError> {
+        self.ensure_running()?.vcpus.run();
+        Ok(())
+    }
+}
+
+struct Listener {
+    streams: mpsc::Receiver<UnixStream>,
+    exited: watch::Receiver<Option<ExitReason>>,
+}
+
+#[async_trait]
+impl GuestListener for Listener {
+    async fn accept(&mut self) -> Option<Box<dyn GuestStream>> {
+        loop {
+            let stream = tokio::select! {
+                biased;
+                stream = self.streams.recv() => stream?,
+                _ = self.exited.wait_for(Option::is_some) => return None,
+            };
+            match into_async(stream) {
+                Ok(stream) => return Some(Box::new(stream)),
+                Err(err) => tracing::warn!(%err, "dropped a stream from the guest"),
+            }
+        }
+    }
+}
+
+fn into_async(stream: UnixStream) -> Result<tokio::net::UnixStream, VmError> {
+    let convert = || {
+        stream.set_nonblocking(true)?;
+        tokio::net::UnixStream::from_std(stream)
+    };
+    convert().map_err(|source| VmError::Io {
+        what: "cannot use the stream to the guest".to_owned(),
+        source,
+    })
+}

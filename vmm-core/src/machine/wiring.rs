@@ -1,0 +1,121 @@
+//! Connecting devices: buses, interrupt lines, notifications.
+
+use std::io;
+use std::sync::Arc;
+
+use devices::event_loop::EventLoop;
+use devices::legacy::{AcpiPower, Cmos, ConsoleOutput, I8042, PowerControl, SerialPort};
+use devices::transport::mmio::MmioTransport;
+use kvm_ioctls::IoEventAddress;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::arch::{MmioDevice, layout};
+use crate::bus::Bus;
+use crate::config::NamedDevice;
+use crate::exit::ExitNotice;
+use crate::kvm_vm::KvmVm;
+use crate::memory::GuestRam;
+use crate::vm::ExitReason;
+
+/// Where the guest's resets and power-offs lead: both end the machine.
+#[derive(Debug)]
+struct PowerSwitch {
+    exit: ExitNotice,
+}
+
+impl PowerControl for PowerSwitch {
+    fn reset(&self) {
+        self.exit.report(ExitReason::GuestReset);
+    }
+
+    fn power_off(&self) {
+        self.exit.report(ExitReason::GuestReset);
+    }
+}
+
+/// An eventfd that raises interrupt line `irq`, an edge for each write.
+fn irq_line(vm: &KvmVm, irq: u32) -> io::Result<EventFd> {
+    let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    vm.fd().register_irqfd(&event, irq)?;
+    Ok(event)
+}
+
+/// The PC's own devices: serial port, reset and power, clock.
+pub(super) fn legacy(
+    vm: &KvmVm,
+    console: &ConsoleOutput,
+    exit: &ExitNotice,
+    pio: &mut Bus,
+) -> io::Result<()> {
+    let power: Arc<dyn PowerControl> = Arc::new(PowerSwitch { exit: exit.clone() });
+    let serial = SerialPort::new(irq_line(vm, SerialPort::COM1_IRQ)?, console.clone());
+    let mut add = |port: u64, ports: u64, device| {
+        pio.insert(port..port.saturating_add(ports), device)
+            .map_err(io::Error::other)
+    };
+    add(SerialPort::COM1, SerialPort::PORTS, Arc::new(serial))?;
+    add(
+        I8042::PORT,
+        I8042::PORTS,
+        Arc::new(I8042::new(Arc::clone(&power))),
+    )?;
+    add(
+        AcpiPower::PORT,
+        AcpiPower::PORTS,
+        Arc::new(AcpiPower::new(power)),
+    )?;
+    add(Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))
+}
+
+/// One virtio device on the bus.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) transport: Arc<MmioTransport>,
+    pub(super) place: MmioDevice,
+}
+
+/// Puts a virtio device in slot `index`: registers on the bus, an interrupt line of its
+/// own, and notifications that the kernel delivers without an exit to this process.
+pub(super) fn virtio(
+    vm: &KvmVm,
+    ram: &GuestRam,
+    event_loop: &EventLoop,
+    index: usize,
+    device: NamedDevice,
+    mmio: &mut Bus,
+) -> io::Result<Attached> {
+    let place = slot(index)?;
+    let line = irq_line(vm, place.irq)?;
+    let transport = MmioTransport::new(
+        device.device,
+        Arc::clone(ram.guest_memory()),
+        event_loop.runner(),
+        Arc::new(line),
+    )?;
+    let start = u64::from(place.address);
+    let notify = IoEventAddress::Mmio(start.saturating_add(MmioTransport::QUEUE_NOTIFY));
+    for (queue, event) in (0_u32..).zip(transport.queue_notifies()) {
+        vm.fd().register_ioevent(event, &notify, queue)?;
+    }
+    let transport = Arc::new(transport);
+    let end = start.saturating_add(MmioTransport::BYTES);
+    mmio.insert(start..end, Arc::clone(&transport) as _)
+        .map_err(io::Error::other)?;
+    Ok(Attached { transport, place })
+}
+
+fn slot(index: usize) -> io::Result<MmioDevice> {
+    let no_slot = || io::Error::other("no interrupt line is left");
+    let irq = *layout::DEVICE_IRQS.get(index).ok_or_else(no_slot)?;
+    let bytes = u32::try_from(MmioTransport::BYTES).map_err(io::Error::other)?;
+    let address = u32::try_from(index)
+        .ok()
+        .and_then(|index| index.checked_mul(bytes))
+        .and_then(|offset| offset.checked_add(layout::MMIO_DEVICES))
+        .ok_or_else(no_slot)?;
+    Ok(MmioDevice {
+        address,
+        bytes,
+        irq,
+    })
+}

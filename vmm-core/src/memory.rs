@@ -1,0 +1,152 @@
+//! Guest memory: one memfd, mapped around the hole where devices live.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use devices::virtio::GuestMemory;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use crate::arch::layout;
+
+/// RAM of one machine. Clones share it; it is freed with the last one.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    mapped: GuestMemory,
+    file: Arc<File>,
+    bytes: u64,
+}
+
+impl GuestRam {
+    /// `bytes` of zeroed memory in a memfd that shows as `name` in `/proc/PID/maps`.
+    /// Pages are taken from the host when they are first touched.
+    ///
+    /// The memfd can no longer change its size, so that no mapping of it can ever fault
+    /// in this process.
+    ///
+    /// # Errors
+    /// When the host cannot create or map it.
+    pub fn new(name: &str, bytes: u64) -> io::Result<Self> {
+        let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+        let file = File::from(fd);
+        file.set_len(bytes)?;
+        fcntl(
+            &file,
+            FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
+        )?;
+        let file = Arc::new(file);
+        let mut ranges = Vec::new();
+        for region in ram_regions(bytes) {
+            let len = usize::try_from(region.bytes).map_err(io::Error::other)?;
+            ranges.push((
+                GuestAddress(region.start),
+                len,
+                Some(FileOffset::from_arc(Arc::clone(&file), region.file_offset)),
+            ));
+        }
+        let mapped = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(io::Error::other)?;
+        Ok(Self {
+            mapped: Arc::new(mapped),
+            file,
+            bytes,
+        })
+    }
+
+    /// As devices see it.
+    #[must_use]
+    pub fn guest_memory(&self) -> &GuestMemory {
+        &self.mapped
+    }
+
+    /// Size.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Bytes that host pages back now.
+    ///
+    /// # Errors
+    /// When the memfd cannot be examined.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        // stat(2): st_blocks counts 512-byte units.
+        Ok(self.file.metadata()?.blocks().saturating_mul(512))
+    }
+}
+
+/// A run of RAM in guest-physical address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRegion {
+    /// First address.
+    pub start: u64,
+    /// Length.
+    pub bytes: u64,
+    /// Where it lies in the memfd.
+    pub file_offset: u64,
+}
+
+/// Where `bytes` of RAM go: from zero up to the device hole, the rest from 4 GiB on.
+pub fn ram_regions(bytes: u64) -> impl Iterator<Item = RamRegion> {
+    let low = bytes.min(layout::DEVICE_HOLE_START);
+    let high = bytes.saturating_sub(low);
+    [
+        RamRegion {
+            start: 0,
+            bytes: low,
+            file_offset: 0,
+        },
+        RamRegion {
+            start: layout::DEVICE_HOLE_END,
+            bytes: high,
+            file_offset: low,
+        },
+    ]
+    .into_iter()
+    .filter(|region| region.bytes > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemory as _};
+
+    use super::*;
+
+    #[test]
+    fn small_memory_is_one_region() {
+        let regions: Vec<_> = ram_regions(128 << 20).collect();
+        assert_eq!(regions.len(), 1);
+        assert_eq!(regions[0].bytes, 128 << 20);
+    }
+
+    #[test]
+    fn large_memory_goes_around_the_hole() {
+        let bytes = 8 << 30;
+        let regions: Vec<_> = ram_regions(bytes).collect();
+        assert_eq!(regions.len(), 2);
+        assert_eq!(regions[0].bytes + regions[1].bytes, bytes);
+        assert_eq!(regions[1].start, 1 << 32);
+        assert_eq!(regions[1].file_offset, regions[0].bytes);
+    }
+
+    #[test]
+    fn pages_are_taken_when_touched() {
+        let ram = GuestRam::new("test", 64 << 20).unwrap();
+        assert_eq!(ram.resident_bytes().unwrap(), 0);
+        ram.guest_memory()
+            .write_slice(&[1; 4096], GuestAddress(0x10_0000))
+            .unwrap();
+        let resident = ram.resident_bytes().unwrap();
+        assert!((4096..=4 << 20).contains(&resident), "{resident}");
+        assert_eq!(ram.guest_memory().last_addr().0, (64 << 20) - 1);
+    }
+
+    #[test]
+    fn the_memfd_cannot_be_resized() {
+        let ram = GuestRam::new("test", 1 << 20).unwrap();
+        ram.file.set_len(4096).unwrap_err();
+        ram.file.set_len(2 << 20).unwrap_err();
+    }
+}

@@ -1,0 +1,288 @@
+//! Virtual CPUs: a thread each, told what to do as a group.
+//!
+//! A vCPU is in one of four states. The group has a target; each thread follows it when
+//! it comes out of the guest, and says so:
+//!
+//! ```text
+//!  Created ──run──▶ Running ◀──run/pause──▶ Paused
+//!     └───────────────┴────── stop ────────────┴──▶ Stopped (thread ended)
+//! ```
+
+mod counters;
+mod kick;
+mod run;
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VcpuFd;
+
+pub(crate) use self::counters::ExitCounters;
+use self::kick::ImmediateExit;
+pub(crate) use self::run::{Buses, Vcpu};
+use crate::thread::{Thread, VmThreads};
+
+/// Where a vCPU is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuState {
+    /// Never ran.
+    Created,
+    /// In the guest, or serving one of its exits.
+    Running,
+    /// Between two instructions of the guest, all of its state in KVM.
+    Paused,
+    /// Its thread has ended or is about to.
+    Stopped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Hold,
+    Run,
+    Stop,
+}
+
+/// All vCPUs of one machine.
+#[derive(Debug)]
+pub(crate) struct VcpuGroup {
+    control: Mutex<Control>,
+    changed: Condvar,
+    members: Vec<Member>,
+    threads: Mutex<Vec<Thread>>,
+}
+
+#[derive(Debug)]
+struct Control {
+    target: Target,
+    states: Vec<VcpuState>,
+    tids: Vec<Option<i32>>,
+}
+
+#[derive(Debug)]
+struct Member {
+    exit_flag: ImmediateExit,
+    counters: Arc<ExitCounters>,
+}
+
+impl VcpuGroup {
+    /// A group for `vcpus`, whose `kvm_run` areas have `run_bytes`. The threads come with
+    /// [`Self::spawn`].
+    pub(crate) fn new<'a>(
+        vcpus: impl Iterator<Item = &'a VcpuFd>,
+        run_bytes: usize,
+    ) -> io::Result<Arc<Self>> {
+        kick::install_handler()?;
+        let members = vcpus
+            .map(|fd| {
+                Ok(Member {
+                    exit_flag: ImmediateExit::of(fd, run_bytes)?,
+                    counters: Arc::new(ExitCounters::default()),
+                })
+            })
+            .collect::<io::Result<Vec<_>>>()?;
+        Ok(Arc::new(Self {
+            control: Mutex::new(Control {
+                target: Target::Hold,
+                states: vec![VcpuState::Created; members.len()],
+                tids: vec![None; members.len()],
+            }),
+            changed: Condvar::new(),
+            members,
+            threads: Mutex::new(Vec::new()),
+        }))
+    }
+
+    /// Starts a thread for each vCPU; they wait for [`Self::run`].
+    pub(crate) fn spawn(self: &Arc<Self>, vcpus: Vec<Vcpu>, threads: &VmThreads) -> io::Result<()> {
+        for mut vcpu in vcpus {
+            let index = vcpu.index();
+            let group = Arc::clone(self);
+            let work = move || {
+                let mut seat = Seat {
+                    group: &group,
+                    index,
+                };
+                if let Err(err) = kick::accept_kicks() {
+                    vcpu.fail(&format!("cannot unblock the kick signal: {err}"));
+                    return;
+                }
+                seat.take();
+                while seat.wait_for_run() {
+                    if vcpu.run(&group.counters(index)).is_break() {
+                        return;
+                    }
+                }
+            };
+            let thread = threads.start(&format!("vcpu{index}"), work)?;
+            self.lock_threads().push(thread);
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs run, for the first time or again.
+    pub(crate) fn run(&self) {
+        let mut control = self.lock();
+        if control.target != Target::Stop {
+            control.target = Target::Run;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Asks the vCPUs to pause and waits until none is in the guest.
+    ///
+    /// False when one still is at `deadline`.
+    pub(crate) fn pause(&self, deadline: Instant) -> bool {
+        {
+            let mut control = self.lock();
+            if control.target == Target::Run {
+                control.target = Target::Hold;
+                self.ask_to_exit(&control);
+            }
+        }
+        self.kick_all();
+        let mut control = self.lock();
+        loop {
+            if !control.states.contains(&VcpuState::Running) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            control = self
+                .changed
+                .wait_timeout(control, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Tells the vCPUs to end, without waiting. Safe from any thread, their own included.
+    pub(crate) fn request_stop(&self) {
+        {
+            let mut control = self.lock();
+            control.target = Target::Stop;
+            self.ask_to_exit(&control);
+            self.changed.notify_all();
+        }
+        self.kick_all();
+    }
+
+    /// Ends the vCPUs and joins their threads.
+    pub(crate) fn stop(&self) {
+        self.request_stop();
+        let threads = std::mem::take(&mut *self.lock_threads());
+        drop(threads);
+    }
+
+    /// The states now, by vCPU.
+    pub(crate) fn states(&self) -> Vec<VcpuState> {
+        self.lock().states.clone()
+    }
+
+    /// Thread ids of the vCPUs that have a thread.
+    pub(crate) fn thread_ids(&self) -> Vec<i32> {
+        let control = self.lock();
+        let live = control.states.iter().zip(&control.tids);
+        live.filter(|(state, _)| **state != VcpuState::Stopped)
+            .filter_map(|(_, tid)| *tid)
+            .collect()
+    }
+
+    /// Exit counters, by vCPU.
+    pub(crate) fn all_counters(&self) -> impl Iterator<Item = &ExitCounters> {
+        self.members.iter().map(|member| &*member.counters)
+    }
+
+    fn counters(&self, index: usize) -> Arc<ExitCounters> {
+        self.members
+            .get(index)
+            .map(|member| Arc::clone(&member.counters))
+            .unwrap_or_default()
+    }
+
+    /// Under the lock, so that a thread that reads the old target clears the flag before
+    /// it is set here, never after.
+    fn ask_to_exit(&self, _: &Control) {
+        for member in &self.members {
+            member.exit_flag.set(true);
+        }
+    }
+
+    fn kick_all(&self) {
+        for thread in self.lock_threads().iter() {
+            if let Some(handle) = thread.handle() {
+                kick::kick(handle);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_threads(&self) -> MutexGuard<'_, Vec<Thread>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One thread's place in the group; gives it up as Stopped, also when unwinding.
+struct Seat<'a> {
+    group: &'a VcpuGroup,
+    index: usize,
+}
+
+impl Seat<'_> {
+    fn take(&mut self) {
+        let tid = nix::unistd::gettid().as_raw();
+        if let Some(slot) = self.group.lock().tids.get_mut(self.index) {
+            *slot = Some(tid);
+        }
+    }
+
+    /// Waits until the target says run; false when it says stop.
+    fn wait_for_run(&mut self) -> bool {
+        let mut control = self.group.lock();
+        loop {
+            match control.target {
+                Target::Run => {
+                    if let Some(member) = self.group.members.get(self.index) {
+                        member.exit_flag.set(false);
+                    }
+                    self.set_state(&mut control, VcpuState::Running);
+                    return true;
+                }
+                Target::Stop => return false,
+                Target::Hold => {
+                    if self.state(&control) == Some(VcpuState::Running) {
+                        self.set_state(&mut control, VcpuState::Paused);
+                    }
+                    control = self
+                        .group
+                        .changed
+                        .wait(control)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    fn state(&self, control: &Control) -> Option<VcpuState> {
+        control.states.get(self.index).copied()
+    }
+
+    fn set_state(&self, control: &mut Control, state: VcpuState) {
+        if let Some(slot) = control.states.get_mut(self.index) {
+            *slot = state;
+        }
+        self.group.changed.notify_all();
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        let mut control = self.group.lock();
+        self.set_state(&mut control, VcpuState::Stopped);
+    }
+}
