@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod backend;
+pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod image;
@@ -15,3 +16,6 @@ pub mod pod;
 pub mod rpc;
 pub mod server;
 pub mod task;
+
+#[cfg(test)]
+mod testing;

@@ -1,7 +1,7 @@
 //! Who a container runs as: names are looked up in the image's own `/etc/passwd` and
 //! `/etc/group`, never in the host's.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -79,14 +79,15 @@ impl FromStr for UserSpec {
 }
 
 impl UserSpec {
-    /// Looks the names up in `root`. A number that is not listed is used as it is.
+    /// Looks the names up in the account files of a container, whose layers `roots` are,
+    /// topmost first. A number that is not listed is used as it is.
     ///
     /// # Errors
     /// [`UserError::Unknown`] for a name that is not there, [`UserError::Read`] for files that
     /// cannot be read (missing ones are empty).
-    pub fn resolve(&self, root: &RootDir) -> Result<Identity, UserError> {
-        let passwd = read(root, "/etc/passwd")?;
-        let group = read(root, "/etc/group")?;
+    pub fn resolve(&self, roots: &[RootDir]) -> Result<Identity, UserError> {
+        let passwd = read(roots, "/etc/passwd")?;
+        let group = read(roots, "/etc/group")?;
         let number = self.user.parse::<u32>().ok();
         let account = accounts(&passwd)
             .find(|a| a.name == self.user)
@@ -167,19 +168,16 @@ fn groups(text: &str) -> impl Iterator<Item = Group<'_>> {
     })
 }
 
-fn read(root: &RootDir, file: &'static str) -> Result<String, UserError> {
-    match root.read(Path::new(file), MAX_FILE_BYTES) {
-        Ok(content) => Ok(String::from_utf8_lossy(&content).into_owned()),
-        Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            Ok(String::new())
+/// The topmost file; empty where no layer has one.
+fn read(roots: &[RootDir], file: &'static str) -> Result<String, UserError> {
+    for root in roots {
+        match root.read(Path::new(file), MAX_FILE_BYTES) {
+            Ok(content) => return Ok(String::from_utf8_lossy(&content).into_owned()),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
+            Err(source) => return Err(UserError::Read { file, source }),
         }
-        Err(source) => Err(UserError::Read { file, source }),
     }
+    Ok(String::new())
 }
 
 fn unknown(kind: &'static str, name: &str, file: &'static str) -> UserError {
@@ -217,7 +215,7 @@ mod tests {
 
     fn resolve(text: &str) -> Result<Identity, UserError> {
         let (_dir, root) = root();
-        text.parse::<UserSpec>()?.resolve(&root)
+        text.parse::<UserSpec>()?.resolve(&[root])
     }
 
     #[test]
@@ -266,10 +264,10 @@ mod tests {
         let root = RootDir::open(dir.path()).unwrap();
         let spec: UserSpec = "root:root".parse().unwrap();
         // Both links end at missing files or at themselves inside the root.
-        spec.resolve(&root).unwrap_err();
+        spec.resolve(&[root]).unwrap_err();
         let empty = tempfile::tempdir().unwrap();
         let root = RootDir::open(empty.path()).unwrap();
         let spec: UserSpec = "0:0".parse().unwrap();
-        assert_eq!(spec.resolve(&root).unwrap(), Identity::default());
+        assert_eq!(spec.resolve(&[root]).unwrap(), Identity::default());
     }
 }
