@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use sandboxer::config::{self, Config};
+use sandboxer::config::Config;
 use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, Server, ServerOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};

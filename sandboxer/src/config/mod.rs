@@ -174,7 +174,7 @@ impl Config {
     /// The file is unreadable, is not valid TOML, or has an unknown key or a value out of
     /// range.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let file = path.unwrap_or_else(|| Path::new(DEFAULT_PATH));
         match std::fs::read_to_string(file) {
             Ok(text) => Self::parse(&text, file),
             Err(e) if e.kind() == ErrorKind::NotFound && path.is_none() => Ok(Self::default()),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
+use guest_image::{Cache, GuestImage};
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
@@ -87,8 +88,20 @@ impl Vm {
     /// Nothing is configured and nothing was built, or a file is missing. The message says
     /// what to do.
     pub fn guest_files(&self) -> Result<GuestFiles, MissingGuestFile> {
-        let kernel = locate("kernel", KERNEL_VAR, self.kernel.as_deref())?;
-        let initramfs = locate("initramfs", INITRAMFS_VAR, self.initramfs.as_deref())?;
+        let kernel = chosen(KERNEL_VAR, self.kernel.as_deref());
+        let initramfs = chosen(INITRAMFS_VAR, self.initramfs.as_deref());
+        let (kernel, initramfs) = match (kernel, initramfs) {
+            (Some(kernel), Some(initramfs)) => (kernel, initramfs),
+            (kernel, initramfs) => {
+                let built = Cache::locate().and_then(|cache| GuestImage::current(&cache))?;
+                (
+                    kernel.unwrap_or(built.kernel),
+                    initramfs.unwrap_or(built.initramfs),
+                )
+            }
+        };
+        check_file("kernel", &kernel)?;
+        check_file("initramfs", &initramfs)?;
         Ok(GuestFiles { kernel, initramfs })
     }
 }
@@ -107,15 +120,10 @@ pub struct GuestFiles {
 pub enum MissingGuestFile {
     /// Neither configured nor built.
     #[error(
-        "no guest {what}: run `kuasar-ctl guest build`, or set `vm.{what}` in the \
-         configuration file or {variable} in the environment"
+        "no guest to boot: {0}; or set `vm.kernel` and `vm.initramfs` in the configuration \
+         file, or KUASAR_KERNEL and KUASAR_INITRAMFS in the environment"
     )]
-    NotConfigured {
-        /// `kernel` or `initramfs`.
-        what: &'static str,
-        /// Environment variable.
-        variable: &'static str,
-    },
+    NotBuilt(#[from] guest_image::GuestError),
     /// Configured, but not a file.
     #[error("the guest {what} {path} cannot be used: {reason}")]
     Unusable {
@@ -128,26 +136,25 @@ pub enum MissingGuestFile {
     },
 }
 
-fn locate(
-    what: &'static str,
-    variable: &'static str,
-    configured: Option<&Path>,
-) -> Result<PathBuf, MissingGuestFile> {
-    let path = std::env::var_os(variable)
+/// What the environment or the configuration names; the environment wins.
+fn chosen(variable: &str, configured: Option<&Path>) -> Option<PathBuf> {
+    std::env::var_os(variable)
         .filter(|value| !value.is_empty())
         .map(PathBuf::from)
         .or_else(|| configured.map(Path::to_owned))
-        .ok_or(MissingGuestFile::NotConfigured { what, variable })?;
-    let unusable = |reason: String| MissingGuestFile::Unusable {
-        what,
-        path: path.clone(),
-        reason,
+}
+
+fn check_file(what: &'static str, path: &Path) -> Result<(), MissingGuestFile> {
+    let reason = match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => return Ok(()),
+        Ok(_) => "not a regular file".to_owned(),
+        Err(e) => e.to_string(),
     };
-    let metadata = std::fs::metadata(&path).map_err(|e| unusable(e.to_string()))?;
-    if !metadata.is_file() {
-        return Err(unusable("not a regular file".to_owned()));
-    }
-    Ok(path)
+    Err(MissingGuestFile::Unusable {
+        what,
+        path: path.to_owned(),
+        reason,
+    })
 }
 
 /// `[fs]`: the virtio-fs share of each pod.
@@ -155,7 +162,7 @@ fn locate(
 #[serde(default)]
 pub struct Fs {
     /// Threads per pod that serve file system requests.
-    pub workers: u32,
+    pub workers: u16,
     /// What the guest may keep: `never` (the host's changes are seen at once), `auto`
     /// (kept until the file is opened again), `always` (the host must not change files).
     pub cache: FsCache,
@@ -164,7 +171,7 @@ pub struct Fs {
 impl Default for Fs {
     fn default() -> Self {
         Self {
-            workers: 1,
+            workers: 2,
             cache: FsCache::Auto,
         }
     }

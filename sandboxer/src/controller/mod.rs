@@ -122,9 +122,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<api::ControllerShutdownRequest>,
     ) -> Result<Response<api::ControllerShutdownResponse>, Status> {
-        self.pods
-            .shutdown(&request.into_inner().sandbox_id)
-            .await?;
+        self.pods.shutdown(&request.into_inner().sandbox_id).await?;
         Ok(Response::new(api::ControllerShutdownResponse {}))
     }
 

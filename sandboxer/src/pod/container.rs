@@ -102,11 +102,6 @@ impl Container {
         lock(&self.execs).remove(exec_id);
     }
 
-    /// Ids of its execs.
-    pub(super) fn exec_ids(&self) -> Vec<String> {
-        lock(&self.execs).keys().cloned().collect()
-    }
-
     pub(super) fn set_storage(&self, storage: ContainerStorage) {
         *lock(&self.storage) = Some(storage);
     }

@@ -352,8 +352,7 @@ fn owner(namespace: &str, container_id: &str) -> LogOwner {
 
 fn read_spec(bundle: &Path) -> Result<Value> {
     let path = bundle.join("config.json");
-    let text =
-        std::fs::read(&path).map_err(PodError::io(format!("reading {}", path.display())))?;
+    let text = std::fs::read(&path).map_err(PodError::io(format!("reading {}", path.display())))?;
     serde_json::from_slice(&text).map_err(|e| {
         PodError::invalid(
             "bundle",
@@ -386,5 +385,6 @@ fn set_terminal(process: Option<&mut Value>, terminal: bool) {
 }
 
 pub(super) fn to_json(spec: &Value) -> Result<Vec<u8>> {
-    serde_json::to_vec(spec).map_err(|e| PodError::io("encoding the OCI spec")(std::io::Error::from(e)))
+    serde_json::to_vec(spec)
+        .map_err(|e| PodError::io("encoding the OCI spec")(std::io::Error::from(e)))
 }

@@ -75,7 +75,10 @@ impl Pod {
     /// It does not run, or the guest refuses.
     pub async fn pause(&self, container: &str) -> Result<()> {
         let container = self.running(container, "pause")?;
-        self.machine()?.agent.pause_container(container.id()).await?;
+        self.machine()?
+            .agent
+            .pause_container(container.id())
+            .await?;
         container.set_paused(true);
         Ok(())
     }
@@ -127,7 +130,11 @@ impl Pod {
     pub async fn update(&self, container: &str, resources_json: &[u8]) -> Result<()> {
         let container = self.running(container, "update")?;
         let mut resources: Value = serde_json::from_slice(resources_json).map_err(|e| {
-            PodError::invalid("resources", e.to_string(), "must be OCI LinuxResources as JSON")
+            PodError::invalid(
+                "resources",
+                e.to_string(),
+                "must be OCI LinuxResources as JSON",
+            )
         })?;
         super::oci::clean_resources(&mut resources);
         let resources = super::containers::to_json(&resources)?;

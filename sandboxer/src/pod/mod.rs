@@ -178,7 +178,7 @@ impl Pod {
         }
         .write(share.path())?;
         let linux = request.config.linux.as_ref();
-        let netns = request.netns.as_deref().unwrap_or(Path::new(""));
+        let netns = request.netns.as_deref().unwrap_or_else(|| Path::new(""));
         Record::new(
             &request.id,
             nanoseconds(created_at),

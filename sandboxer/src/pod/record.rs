@@ -95,7 +95,8 @@ fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
     file.write_all(text)?;
     file.sync_all()?;
     fs::rename(&aside, path)?;
-    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+    path.parent()
+        .map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
 
 /// Cleans up what a daemon that died left in `dir`: mounts, sockets and folders of pods.
@@ -124,7 +125,11 @@ fn clean_one(pod_dir: &Path, name: &str) {
     }
     let removed = match Record::read(pod_dir) {
         Ok(record) => {
-            info!(pod = name, daemon = record.daemon_pid, "removing a stale pod");
+            info!(
+                pod = name,
+                daemon = record.daemon_pid,
+                "removing a stale pod"
+            );
             storage::remove_tree(pod_dir)
         }
         // The daemon died before the record was written: the folder holds nothing yet.

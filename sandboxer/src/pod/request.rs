@@ -29,7 +29,9 @@ impl PodRequest {
         check_id("sandbox_id", id)?;
         check_host_namespaces(&config)?;
         if config.hostname.len() > MAX_HOSTNAME_BYTES
-            || config.hostname.contains(|c: char| c.is_control() || c == '/')
+            || config
+                .hostname
+                .contains(|c: char| c.is_control() || c == '/')
         {
             return Err(PodError::invalid(
                 "hostname",
@@ -113,9 +115,7 @@ fn check_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rpc::cri::{
-        LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption,
-    };
+    use crate::rpc::cri::{LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption};
 
     #[test]
     fn ids_that_could_leave_the_folder_are_refused() {

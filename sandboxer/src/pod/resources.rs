@@ -35,13 +35,16 @@ impl MachineSize {
     ) -> Result<Self> {
         let vcpus = vcpus(limits, overhead).map_or(Ok(defaults.vcpus), |wanted| {
             let host = std::thread::available_parallelism().map_or(1, usize::from);
-            u32::try_from(wanted).ok().filter(|&n| u64::from(n) <= MAX_VCPUS).ok_or_else(|| {
-                PodError::invalid(
-                    "linux.resources.cpu_quota",
-                    format!("{wanted} CPUs"),
-                    format!("a VM can have {MAX_VCPUS} vCPUs, this host has {host}"),
-                )
-            })
+            u32::try_from(wanted)
+                .ok()
+                .filter(|&n| u64::from(n) <= MAX_VCPUS)
+                .ok_or_else(|| {
+                    PodError::invalid(
+                        "linux.resources.cpu_quota",
+                        format!("{wanted} CPUs"),
+                        format!("a VM can have {MAX_VCPUS} vCPUs, this host has {host}"),
+                    )
+                })
         })?;
         let memory_bytes = match positive(limits, |r| r.memory_limit_in_bytes) {
             None => defaults.memory.as_u64(),

@@ -103,10 +103,7 @@ impl Pod {
 }
 
 /// Execs that were in the old list and are not in the new one.
-fn purged_execs(
-    old: &HashMap<String, Task>,
-    new: &HashMap<String, Task>,
-) -> Vec<(String, String)> {
+fn purged_execs(old: &HashMap<String, Task>, new: &HashMap<String, Task>) -> Vec<(String, String)> {
     let mut purged = Vec::new();
     for (id, task) in old {
         let kept = new.get(id);

@@ -2,6 +2,8 @@
 
 mod folder;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -55,9 +57,7 @@ impl Default for ServerOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// The socket is taken by a living process.
-    #[error(
-        "{0} is in use by a running daemon: stop it, or choose another socket with --listen"
-    )]
+    #[error("{0} is in use by a running daemon: stop it, or choose another socket with --listen")]
     SocketInUse(PathBuf),
     /// Another daemon owns the folder.
     #[error("{0} belongs to a running daemon: stop it, or choose another folder with --dir")]

@@ -22,8 +22,7 @@ impl ListenSocket {
         let failed = || ServerError::io(format!("listening on {}", path.display()));
         Self::clear(path).await?;
         let listener = UnixListener::bind(path).map_err(failed())?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-            .map_err(failed())?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed())?;
         let inode = std::fs::metadata(path).map_err(failed())?.ino();
         let socket = Self {
             path: path.to_owned(),

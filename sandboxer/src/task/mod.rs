@@ -12,8 +12,8 @@ use containerd_shim_protos::shim_async::create_task;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{debug, warn};
-use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
 
 use crate::pod::{Pod, PodError, Result};
 

@@ -47,13 +47,8 @@ impl TaskService {
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let container = self
-            .pod()?
-            .container(request.id())
-            .map_err(into_ttrpc)?;
-        let process = container
-            .process(request.exec_id())
-            .map_err(into_ttrpc)?;
+        let container = self.pod()?.container(request.id()).map_err(into_ttrpc)?;
+        let process = container.process(request.exec_id()).map_err(into_ttrpc)?;
         Ok(convert::state(&container, &process))
     }
 
@@ -121,11 +116,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let pids = self
-            .pod()?
-            .pids(request.id())
-            .await
-            .map_err(into_ttrpc)?;
+        let pids = self.pod()?.pids(request.id()).await.map_err(into_ttrpc)?;
         let processes = pids
             .into_iter()
             .map(|pid| ProcessInfo {
@@ -149,11 +140,7 @@ impl Task for TaskService {
         resumed.map(|()| Empty::new()).map_err(into_ttrpc)
     }
 
-    async fn checkpoint(
-        &self,
-        _: &TtrpcContext,
-        _: CheckpointTaskRequest,
-    ) -> ttrpc::Result<Empty> {
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         Err(into_ttrpc(PodError::Unsupported(
             "checkpointing a container".to_owned(),
         )))
@@ -241,11 +228,7 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self
-            .pod()?
-            .stats(request.id())
-            .await
-            .map_err(into_ttrpc)?;
+        let stats = self.pod()?.stats(request.id()).await.map_err(into_ttrpc)?;
         Ok(StatsResponse {
             stats: MessageField::some(convert::metrics(&stats)?),
             ..Default::default()

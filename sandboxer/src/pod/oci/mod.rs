@@ -37,7 +37,11 @@ impl Guest<'_> {
 /// The spec is not an object or asks for something no guest can have.
 pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Vec<Bind>> {
     let object = spec.as_object_mut().ok_or_else(|| {
-        PodError::invalid("config.json", "not an object", "must be an OCI runtime spec")
+        PodError::invalid(
+            "config.json",
+            "not an object",
+            "must be an OCI runtime spec",
+        )
     })?;
     set_root(object, guest)?;
     if let Some(process) = object.get_mut("process") {
@@ -49,7 +53,10 @@ pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Vec<Bind>> 
         object.remove("hostname");
         object.remove("domainname");
     }
-    if object.remove("hooks").is_some_and(|hooks| !is_empty(&hooks)) {
+    if object
+        .remove("hooks")
+        .is_some_and(|hooks| !is_empty(&hooks))
+    {
         warn!(
             container = guest.container,
             "OCI hooks are programs of the host; none is run"
@@ -75,7 +82,10 @@ pub(crate) fn clean_process(process: &mut Value, container: &str) {
     };
     for key in ["apparmorProfile", "selinuxLabel"] {
         if process.remove(key).is_some_and(|value| !is_empty(&value)) {
-            warn!(container, "process.{key} names something of the host; ignored");
+            warn!(
+                container,
+                "process.{key} names something of the host; ignored"
+            );
         }
     }
 }

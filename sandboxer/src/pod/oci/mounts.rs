@@ -36,7 +36,10 @@ pub(super) fn rewrite(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Resul
         rewrite_one(mount, guest, &mut binds)?;
     }
     for file in guest.files {
-        if !mounts.iter().any(|mount| destination(mount) == file.destination) {
+        if !mounts
+            .iter()
+            .any(|mount| destination(mount) == file.destination)
+        {
             let access = if read_only { "ro" } else { "rw" };
             mounts.push(json!({
                 "destination": file.destination,
@@ -113,7 +116,9 @@ fn check_source(source: &Path, destination: &str) -> Result<()> {
 /// containerd 1.7 mounts a folder it made up where a pod without a pause container has no
 /// hosts file: whatever is not a file gives way to the pod's own.
 fn replaced_by_pod_file(mount: &Value, files: &[PodFile]) -> bool {
-    files.iter().any(|file| file.destination == destination(mount))
+    files
+        .iter()
+        .any(|file| file.destination == destination(mount))
         && !Path::new(text(mount, "source")).is_file()
 }
 

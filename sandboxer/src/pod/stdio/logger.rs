@@ -27,7 +27,8 @@ const READY_LIMIT: Duration = Duration::from_secs(10);
 /// A running logging program. It ends by itself when its pipes close.
 #[derive(Debug)]
 pub(super) struct Logger {
-    _child: Child,
+    #[cfg_attr(not(test), expect(dead_code))]
+    child: Child,
 }
 
 impl Logger {
@@ -68,13 +69,22 @@ impl Logger {
         let mut byte = [0];
         timeout(READY_LIMIT, ready.read(&mut byte))
             .await
-            .map_err(|_| PodError::io(failed())(std::io::Error::from(std::io::ErrorKind::TimedOut)))?
+            .map_err(|_| {
+                PodError::io(failed())(std::io::Error::from(std::io::ErrorKind::TimedOut))
+            })?
             .map_err(PodError::io(failed()))?;
-        let sender =
-            |fd: OwnedFd| pipe::Sender::from_owned_fd(fd).map_err(PodError::io(failed()));
+        let sender = |fd: OwnedFd| pipe::Sender::from_owned_fd(fd).map_err(PodError::io(failed()));
         let stdout = sender(stdout_writer)?;
         let stderr = sender(stderr_writer)?;
-        Ok((Self { _child: child }, stdout, stderr))
+        Ok((Self { child }, stdout, stderr))
+    }
+}
+
+#[cfg(test)]
+impl Logger {
+    /// Waits for the end of the program.
+    pub(super) async fn wait(&mut self) -> std::io::Result<std::process::ExitStatus> {
+        self.child.wait().await
     }
 }
 

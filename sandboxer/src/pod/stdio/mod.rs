@@ -164,7 +164,7 @@ impl HostStdio {
             closer: Mutex::new(closer),
             _input: input,
             _keepers: keepers,
-            _logger: self.logger,
+            logger: self.logger,
         }
     }
 }
@@ -177,7 +177,9 @@ pub struct Stdio {
     closer: Mutex<Option<input::Closer>>,
     _input: Option<AbortOnDropHandle<()>>,
     _keepers: Vec<output::Keeper>,
-    _logger: Option<Logger>,
+    /// Ends by itself once its pipes are closed.
+    #[cfg_attr(not(test), expect(dead_code))]
+    logger: Option<Logger>,
 }
 
 impl Stdio {

@@ -35,11 +35,8 @@ impl Dir {
 
     /// Creates the empty file `name`, which must not exist, as something to mount on.
     pub(super) fn create_file(&self, name: &str) -> io::Result<OwnedFd> {
-        let flags = OFlag::O_CREAT
-            | OFlag::O_EXCL
-            | OFlag::O_NOFOLLOW
-            | OFlag::O_CLOEXEC
-            | OFlag::O_WRONLY;
+        let flags =
+            OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_WRONLY;
         Ok(openat(
             self.fd.as_fd(),
             name,

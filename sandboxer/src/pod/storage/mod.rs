@@ -105,8 +105,8 @@ impl ContainerStorage {
                 )));
             }
             let options = MountOptions::parse(&layer.options);
-            let is_bind = layer.fstype == "bind"
-                || layer.options.iter().any(|o| o == "bind" || o == "rbind");
+            let is_bind =
+                layer.fstype == "bind" || layer.options.iter().any(|o| o == "bind" || o == "rbind");
             let mounted = if is_bind {
                 mount::bind(Path::new(&layer.source), top, ROOTFS, &target, &options)
             } else {
@@ -129,8 +129,8 @@ impl ContainerStorage {
         // The guest applies atime flags itself; the host's mount needs none of them.
         options.flags &= MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
         let failed = || format!("sharing {} with the guest", bind.source.display());
-        let target = mount::target_like(mounts, &bind.name, &bind.source)
-            .map_err(PodError::io(failed()))?;
+        let target =
+            mount::target_like(mounts, &bind.name, &bind.source).map_err(PodError::io(failed()))?;
         let guard = mount::bind(&bind.source, mounts, &bind.name, &target, &options)
             .map_err(PodError::io(failed()))?;
         self.mounts.push(guard);

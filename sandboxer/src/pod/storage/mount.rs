@@ -63,7 +63,13 @@ pub(super) fn bind(
 ) -> io::Result<MountGuard> {
     let mut flags = MsFlags::MS_BIND;
     flags.set(MsFlags::MS_REC, options.recursive);
-    mount(Some(source), &target.path(), None::<&str>, flags, None::<&str>)?;
+    mount(
+        Some(source),
+        &target.path(),
+        None::<&str>,
+        flags,
+        None::<&str>,
+    )?;
     let guard = MountGuard {
         parent: Arc::clone(parent),
         name: name.to_owned(),

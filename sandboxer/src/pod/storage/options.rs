@@ -50,10 +50,6 @@ impl MountOptions {
             follows_host,
         }
     }
-
-    pub(super) fn read_only(&self) -> bool {
-        self.flags.contains(MsFlags::MS_RDONLY)
-    }
 }
 
 #[cfg(test)]
@@ -68,14 +64,14 @@ mod tests {
             options.data,
             "index=off,workdir=/w,upperdir=/u,lowerdir=/a:/b"
         );
-        assert!(!options.read_only());
+        assert!(options.flags.is_empty());
     }
 
     #[test]
     fn bind_options_are_flags_only() {
         let options = MountOptions::parse(&["rbind", "rslave", "ro", "nosuid"]);
-        assert!(options.recursive && options.follows_host && options.read_only());
-        assert!(options.flags.contains(MsFlags::MS_NOSUID));
+        assert!(options.recursive && options.follows_host);
+        assert_eq!(options.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
         assert_eq!(options.data, "");
     }
 

@@ -138,8 +138,7 @@ fn what_is_mounted_is_never_deleted() {
         return;
     }
     let f = fixture();
-    let storage =
-        ContainerStorage::prepare(&f.share, "c1", &rootfs_of(&f.image), &[]).unwrap();
+    let storage = ContainerStorage::prepare(&f.share, "c1", &rootfs_of(&f.image), &[]).unwrap();
     let error = remove_tree(&f.share).unwrap_err();
     assert!(error.to_string().contains("still mounted"), "{error}");
     detach_below(&f.share).unwrap();
