@@ -109,6 +109,8 @@ impl Host {
     /// Kernel parameters that a Linux guest needs on this host; none where the CPU runs
     /// the guest's kernel.
     ///
+    /// `soft_ring0` wakes the guest kernel's own provisions for such hosts (the kernel
+    /// recipe of this project has them; others ignore it).
     /// The emulator lacks the XSAVE family, POPCNT, CMPXCHG16B and SMAP's instructions.
     /// Without ERMS and FSRM the kernel copies by 8-byte string moves, which the emulator
     /// does about three times faster. The timer check, the mitigations and high-resolution
@@ -117,6 +119,7 @@ impl Host {
     pub fn kernel_parameters(&self) -> &'static [&'static str] {
         if self.emulated_ring0() {
             &[
+                "soft_ring0",
                 "noxsave",
                 "clearcpuid=popcnt,cx16,smap,smep,erms,fsrm",
                 "mitigations=off",

@@ -254,3 +254,6 @@ fn set_boot_state(host: &Host, shell: &Shell, entry: u64) -> Result<(), BuildErr
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -137,6 +137,12 @@ impl VcpuGroup {
             let mut control = self.lock();
             if control.target == Target::Run {
                 control.target = Target::Hold;
+                // Threads that have not woken to run yet need not.
+                for state in &mut control.states {
+                    if *state == VcpuState::Created {
+                        *state = VcpuState::Paused;
+                    }
+                }
                 self.ask_to_exit(&control);
             }
         }

@@ -1,0 +1,222 @@
+//! How machines end.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use devices::virtio::{
+    ActivateError, Activation, DeviceType, EventHandler, Interest, Loop, Ready, VirtioDevice,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+
+#[test]
+fn a_guest_prints_and_resets_itself() {
+    let Some(host) = host() else { return };
+    let machine = machine(&host, "hello", &Code::new().print("hello\n").reset());
+    runtime().block_on(async {
+        assert_eq!(run(&machine).await, ExitReason::GuestReset);
+    });
+    assert_eq!(machine.console_tail().unwrap(), "hello\n");
+    let stats = machine.stats();
+    assert_eq!(stats.exits["io"], 7);
+    let phases: Vec<_> = stats.phases.iter().map(|(name, _)| *name).collect();
+    assert_eq!(phases, ["vm built", "kernel entered"]);
+    assert!(stats.resident_bytes.unwrap() > 0);
+}
+
+#[test]
+fn a_guest_that_panics_leaves_its_last_words() {
+    let Some(host) = host() else { return };
+    let code = Code::new()
+        .print("x\nKernel panic - not syncing: test\n")
+        .reset();
+    let machine = machine(&host, "panic", &code);
+    runtime().block_on(async {
+        let expected = ExitReason::GuestPanic("Kernel panic - not syncing: test".into());
+        assert_eq!(run(&machine).await, expected);
+    });
+}
+
+#[test]
+fn acpi_power_off_ends_the_machine() {
+    let Some(host) = host() else { return };
+    let machine = machine(
+        &host,
+        "off",
+        &Code::new().out(0x600, 5 << 2 | 1 << 5).halt(),
+    );
+    runtime().block_on(async {
+        assert_eq!(run(&machine).await, ExitReason::GuestReset);
+    });
+}
+
+#[test]
+fn a_triple_fault_ends_the_machine() {
+    let Some(host) = host() else { return };
+    let machine = machine(&host, "triple", &Code::new().triple_fault());
+    runtime().block_on(async {
+        let reason = run(&machine).await;
+        // The emulator gives up on it instead.
+        let emulated = host.emulated_ring0() && matches!(reason, ExitReason::Kvm(_));
+        assert!(reason == ExitReason::TripleFault || emulated, "{reason}");
+    });
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_emulate_is_shown() {
+    let Some(host) = host() else { return };
+    if !host.emulated_ring0() {
+        println!("skipped: this host's CPU runs every instruction of the test");
+        return;
+    }
+    let machine = machine(&host, "popcnt", &Code::new().popcnt().reset());
+    runtime().block_on(async {
+        let ExitReason::Kvm(what) = run(&machine).await else {
+            panic!("{:?}", machine.exited().borrow());
+        };
+        assert!(what.contains("cannot emulate"), "{what}");
+        assert!(what.contains("at RIP 0x100000: f3 0f b8 c0"), "{what}");
+    });
+}
+
+/// Panics when its driver touches it: at configuration space, or on the event loop.
+#[derive(Debug)]
+struct Bomb {
+    on_read: bool,
+    bell: Arc<EventFd>,
+}
+
+impl Bomb {
+    fn new(on_read: bool) -> Box<Self> {
+        Box::new(Self {
+            on_read,
+            bell: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+        })
+    }
+}
+
+impl VirtioDevice for Bomb {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Rng
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn features(&self) -> u64 {
+        1 << 32
+    }
+
+    fn read_config(&self, _: u64, data: &mut [u8]) {
+        assert!(!self.on_read, "config bomb");
+        data.fill(0);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let handler = BombHandler(Arc::clone(&self.bell));
+        activation.runner.add(Box::new(handler)).unwrap();
+        self.bell.write(1).unwrap();
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}
+
+struct BombHandler(Arc<EventFd>);
+
+impl EventHandler for BombHandler {
+    fn start(&mut self, lp: &mut dyn Loop) -> std::io::Result<()> {
+        let readable = Interest {
+            readable: true,
+            writable: false,
+        };
+        lp.watch(self.0.as_raw_fd(), 0, readable)
+    }
+
+    fn ready(&mut self, _: &mut dyn Loop, _: u64, _: Ready) {
+        panic!("handler bomb");
+    }
+}
+
+#[test]
+fn a_panic_in_a_device_ends_its_machine_and_no_other() {
+    let Some(host) = host() else { return };
+    let busy = machine(
+        &host,
+        "bystander",
+        &Code::new().write_port_for_ever(guest::NOWHERE),
+    );
+    let idle = machine(&host, "idle", &Code::new().halt());
+    let code = Code::new().map_devices().load(0x100).halt();
+    let on_vcpu = machine_with(&host, "bomb1", &code, |config| {
+        config.with_device("bomb", Bomb::new(true))
+    });
+    let code = Code::new().map_devices().drive_device().halt();
+    let on_loop = machine_with(&host, "bomb2", &code, |config| {
+        config.with_device("bomb", Bomb::new(false))
+    });
+    runtime().block_on(async {
+        busy.start().await.unwrap();
+        idle.start().await.unwrap();
+        assert_eq!(
+            run(&on_vcpu).await,
+            ExitReason::Panic {
+                thread: "vcpu0-bomb1".into(),
+                message: "config bomb".into()
+            }
+        );
+        assert_eq!(
+            run(&on_loop).await,
+            ExitReason::Panic {
+                thread: "dev-bomb2".into(),
+                message: "handler bomb".into()
+            }
+        );
+        on_vcpu.stop(PATIENCE).await.unwrap();
+        on_loop.stop(PATIENCE).await.unwrap();
+        // The others go on.
+        assert_eq!(*busy.exited().borrow(), None);
+        assert_eq!(*idle.exited().borrow(), None);
+        busy.pause().await.unwrap();
+        let before = busy.stats().exits["io"];
+        busy.resume().await.unwrap();
+        while busy.stats().exits["io"] <= before {
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
+#[test]
+fn a_driver_finds_its_device() {
+    let Some(host) = host() else { return };
+    let code = Code::new()
+        .map_devices()
+        .load(0)
+        .print_eax()
+        .load(8)
+        .print_eax()
+        .reset();
+    let machine = machine_with(&host, "magic", &code, |config| config.with_rng().unwrap());
+    runtime().block_on(async {
+        assert_eq!(run(&machine).await, ExitReason::GuestReset);
+    });
+    assert_eq!(machine.console_tail().unwrap(), "virt\x04\0\0\0");
+    assert_eq!(machine.stats().exits["mmio"], 2);
+}
+
+#[test]
+fn queue_notifications_do_not_exit_to_this_process() {
+    let Some(host) = host() else { return };
+    let code = Code::new()
+        .map_devices()
+        .store(0x50, 0)
+        .store(0x50, 0)
+        .reset();
+    let machine = machine_with(&host, "notify", &code, |config| config.with_rng().unwrap());
+    runtime().block_on(async {
+        assert_eq!(run(&machine).await, ExitReason::GuestReset);
+    });
+    assert_eq!(machine.stats().exits["mmio"], 0);
+}
