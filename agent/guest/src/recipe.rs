@@ -74,6 +74,7 @@ impl KernelRecipe {
                 "0004-x86-alternative-patch-less-and-with-less-work.patch",
                 "0005-params-list-built-in-modules-in-an-initcall-of-its-own.patch",
                 "0006-x86-reserve-decrypted-bss-only-where-it-is-used.patch",
+                "0007-tick-let-a-tick-of-a-busy-CPU-cover-several-jiffies.patch",
             ),
             jobs: std::thread::available_parallelism().map_or(1, usize::from),
         }
