@@ -1,0 +1,168 @@
+//! [`Fs`]: config space, activation, reset.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use fuse_backend_rs::api::server::Server;
+use rustix::fs::{Mode, OFlags};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::config::{FsConfig, FsError, ShareRoot};
+use super::share::Share;
+use super::tag::Tag;
+use super::worker::{self, ServerOf, Shared};
+use crate::virtio::{
+    ActivateError, Activation, DeviceType, Runner, VirtioDevice, WorkerId, config,
+};
+
+/// FORGET and INTERRUPT; Linux sends them singly.
+const HIPRIO_SIZE: u16 = 128;
+/// Requests with the most pages need as many descriptors as that.
+const REQUEST_SIZE: u16 = 1024;
+const MAX_QUEUES: u16 = 16;
+const MAX_WORKERS: u16 = 64;
+
+/// A virtio file system device, serving one directory tree.
+pub struct Fs {
+    tag: Tag,
+    root: OwnedFd,
+    config: FsConfig,
+    queue_sizes: Vec<u16>,
+    active: Option<(Arc<dyn Runner>, Vec<WorkerId>)>,
+}
+
+impl Fs {
+    /// Makes the device; the shared directory is opened now and served from activation on.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn new(config: FsConfig) -> Result<Self, FsError> {
+        let tag = Tag::new(&config.tag)?;
+        check_range("request_queues", config.request_queues, MAX_QUEUES)?;
+        check_range("workers", config.workers, MAX_WORKERS)?;
+        let root = open_root(&config.root)?;
+        let mut queue_sizes = vec![HIPRIO_SIZE];
+        queue_sizes.extend((0..config.request_queues).map(|_| REQUEST_SIZE));
+        Ok(Self {
+            tag,
+            root,
+            config,
+            queue_sizes,
+            active: None,
+        })
+    }
+
+    fn start(&mut self, activation: Activation) -> io::Result<()> {
+        let share = Share::new(self.root.try_clone()?, &self.config)?;
+        let shared = Arc::new(Shared {
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            queues: activation.queues.into_iter().map(Mutex::new).collect(),
+            server: ServerOf(Server::new(share)),
+        });
+        let runner = activation.runner;
+        let (_, workers) = self.active.insert((
+            Arc::clone(&runner),
+            Vec::with_capacity(self.config.workers.into()),
+        ));
+        for number in 0..self.config.workers {
+            let shared = Arc::clone(&shared);
+            let worker = runner.spawn(
+                &format!("fs{number}-{}", self.config.tag),
+                Box::new(move |stop| worker::run(&shared, &stop)),
+            )?;
+            workers.push(worker);
+        }
+        Ok(())
+    }
+}
+
+fn check_range(field: &'static str, value: u16, max: u16) -> Result<(), FsError> {
+    if (1..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(FsError::OutOfRange {
+        field,
+        value: value.into(),
+        max: max.into(),
+    })
+}
+
+/// Opens the root again, so that it is a directory and an `O_PATH` fd for certain.
+fn open_root(root: &ShareRoot) -> Result<OwnedFd, FsError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let (name, opened) = match root {
+        ShareRoot::Path(path) => (
+            path.display().to_string(),
+            rustix::fs::open(path, flags, Mode::empty()),
+        ),
+        ShareRoot::Fd(fd) => (
+            "(an open directory)".to_owned(),
+            rustix::fs::openat(fd, ".", flags, Mode::empty()),
+        ),
+    };
+    opened.map_err(|source| FsError::Root {
+        root: name,
+        source: source.into(),
+    })
+}
+
+impl fmt::Debug for Fs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fs")
+            .field("config", &self.config)
+            .field("active", &self.active.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Fs
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        config::read(&self.tag.config(self.config.request_queues), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        let got = activation.queues.len();
+        // The driver may leave out request queues, but not all of them.
+        if got < 2 {
+            return Err(ActivateError::MissingQueues { got, needed: 2 });
+        }
+        self.start(activation).map_err(|source| {
+            self.reset();
+            ActivateError::Io {
+                what: "cannot start the file system workers",
+                source,
+            }
+        })
+    }
+
+    fn reset(&mut self) {
+        if let Some((runner, workers)) = self.active.take() {
+            for worker in workers {
+                runner.join(worker);
+            }
+        }
+    }
+}
+
+impl Drop for Fs {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
