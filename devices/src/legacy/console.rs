@@ -65,6 +65,14 @@ impl ConsoleOutput {
         String::from_utf8_lossy(state.tail.make_contiguous()).into_owned()
     }
 
+    /// Writes out a last line that has no end yet.
+    pub fn finish(&self) {
+        let mut state = self.lock();
+        if !state.line.is_empty() {
+            state.flush();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -172,6 +172,7 @@ impl Machine {
     /// Takes the running parts, keeping their figures.
     fn take_live(&self) -> Option<Arc<Live>> {
         let live = self.lock_live().take()?;
+        self.console.finish();
         *self
             .final_exits
             .lock()

@@ -108,7 +108,10 @@ impl VcpuGroup {
                     return;
                 }
                 seat.take();
-                while seat.wait_for_run() {
+                while let Some(before) = seat.wait_for_run() {
+                    if before == VcpuState::Paused {
+                        vcpu.excuse_pause();
+                    }
                     if vcpu.run(&group.counters(index)).is_break() {
                         return;
                     }
@@ -247,8 +250,9 @@ impl Seat<'_> {
         }
     }
 
-    /// Waits until the target says run; false when it says stop.
-    fn wait_for_run(&mut self) -> bool {
+    /// Waits until the target says run, and tells the state before; `None` when it says
+    /// stop.
+    fn wait_for_run(&mut self) -> Option<VcpuState> {
         let mut control = self.group.lock();
         loop {
             match control.target {
@@ -256,10 +260,11 @@ impl Seat<'_> {
                     if let Some(member) = self.group.members.get(self.index) {
                         member.exit_flag.set(false);
                     }
+                    let before = self.state(&control);
                     self.set_state(&mut control, VcpuState::Running);
-                    return true;
+                    return before;
                 }
-                Target::Stop => return false,
+                Target::Stop => return None,
                 Target::Hold => {
                     if self.state(&control) == Some(VcpuState::Running) {
                         self.set_state(&mut control, VcpuState::Paused);

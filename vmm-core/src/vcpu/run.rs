@@ -77,6 +77,13 @@ impl Vcpu {
             .report(ExitReason::Kvm(format!("vCPU {}: {what}", self.index)));
     }
 
+    /// Tells the guest, by its KVM clock, that it did not run for a while, so that its
+    /// watchdogs do not take the pause for a lock-up.
+    pub(crate) fn excuse_pause(&self) {
+        // EINVAL: the guest uses another clock.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     /// Runs the guest until it is interrupted, or for good: then the reason is reported
     /// and the thread has to end.
     pub(crate) fn run(&mut self, counters: &ExitCounters) -> ControlFlow<()> {

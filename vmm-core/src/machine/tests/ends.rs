@@ -26,6 +26,24 @@ fn a_guest_prints_and_resets_itself() {
 }
 
 #[test]
+fn a_bzimage_boots_at_its_64_bit_entry() {
+    let Some(host) = host() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bzImage");
+    let code = Code::new().print("bz").reset();
+    std::fs::write(&path, code.bzimage(true)).unwrap();
+    let machine = Machine::build(&host, MachineConfig::new("bzimage", &path)).unwrap();
+    runtime().block_on(async {
+        assert_eq!(run(&machine).await, ExitReason::GuestReset);
+    });
+    assert_eq!(machine.console_tail().unwrap(), "bz");
+
+    std::fs::write(&path, code.bzimage(false)).unwrap();
+    let err = Machine::build(&host, MachineConfig::new("bzimage", &path)).unwrap_err();
+    assert!(err.to_string().contains("no 64-bit entry point"), "{err}");
+}
+
+#[test]
 fn a_guest_that_panics_leaves_its_last_words() {
     let Some(host) = host() else { return };
     let code = Code::new()

@@ -124,6 +124,22 @@ impl Code {
         path
     }
 
+    /// The smallest bzImage: one setup sector, the code at the 64-bit entry point.
+    pub fn bzimage(&self, entry_64: bool) -> Vec<u8> {
+        const SETUP_BYTES: usize = 1024;
+        let mut image = vec![0; SETUP_BYTES + 0x200];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[1]); // setup_sects
+        put(0x202, b"HdrS");
+        put(0x206, &0x20f_u16.to_le_bytes()); // version
+        put(0x211, &[1]); // loadflags: loaded high
+        put(0x214, &0x10_0000_u32.to_le_bytes()); // code32_start
+        put(0x236, &u16::from(entry_64).to_le_bytes()); // xloadflags
+        put(0x260, &0x10_0000_u32.to_le_bytes()); // init_size
+        image.extend(&self.0);
+        image
+    }
+
     /// One segment, loaded and entered at [`LOAD_ADDRESS`].
     pub fn elf(&self) -> Vec<u8> {
         const HEADER_BYTES: u64 = 64;
