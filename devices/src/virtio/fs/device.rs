@@ -11,7 +11,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::config::{FsConfig, FsError, ShareRoot};
-use super::share::Share;
+use super::share::{Policy, Share};
 use super::tag::Tag;
 use super::worker::{self, ServerOf, Shared};
 use crate::virtio::{
@@ -27,9 +27,12 @@ const MAX_WORKERS: u16 = 64;
 
 /// A virtio file system device, serving one directory tree.
 pub struct Fs {
+    name: String,
     tag: Tag,
     root: OwnedFd,
-    config: FsConfig,
+    policy: Policy,
+    request_queues: u16,
+    workers: u16,
     queue_sizes: Vec<u16>,
     active: Option<(Arc<dyn Runner>, Vec<WorkerId>)>,
 }
@@ -44,19 +47,23 @@ impl Fs {
         check_range("request_queues", config.request_queues, MAX_QUEUES)?;
         check_range("workers", config.workers, MAX_WORKERS)?;
         let root = open_root(&config.root)?;
+        let policy = Policy::from(&config);
         let mut queue_sizes = vec![HIPRIO_SIZE];
         queue_sizes.extend((0..config.request_queues).map(|_| REQUEST_SIZE));
         Ok(Self {
+            name: config.tag,
             tag,
             root,
-            config,
+            policy,
+            request_queues: config.request_queues,
+            workers: config.workers,
             queue_sizes,
             active: None,
         })
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
-        let share = Share::new(self.root.try_clone()?, &self.config)?;
+        let share = Share::new(self.root.try_clone()?, self.policy)?;
         let shared = Arc::new(Shared {
             memory: activation.memory,
             interrupt: activation.interrupt,
@@ -64,14 +71,13 @@ impl Fs {
             server: ServerOf(Server::new(share)),
         });
         let runner = activation.runner;
-        let (_, workers) = self.active.insert((
-            Arc::clone(&runner),
-            Vec::with_capacity(self.config.workers.into()),
-        ));
-        for number in 0..self.config.workers {
+        let (_, workers) = self
+            .active
+            .insert((Arc::clone(&runner), Vec::with_capacity(self.workers.into())));
+        for number in 0..self.workers {
             let shared = Arc::clone(&shared);
             let worker = runner.spawn(
-                &format!("fs{number}-{}", self.config.tag),
+                &format!("fs{number}-{}", self.name),
                 Box::new(move |stop| worker::run(&shared, &stop)),
             )?;
             workers.push(worker);
@@ -113,7 +119,8 @@ fn open_root(root: &ShareRoot) -> Result<OwnedFd, FsError> {
 impl fmt::Debug for Fs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Fs")
-            .field("config", &self.config)
+            .field("tag", &self.name)
+            .field("policy", &self.policy)
             .field("active", &self.active.is_some())
             .finish_non_exhaustive()
     }
@@ -133,7 +140,7 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        config::read(&self.tag.config(self.config.request_queues), offset, data);
+        config::read(&self.tag.config(self.request_queues), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -31,7 +31,7 @@
 //! | `config`, `tag` | what is shared and how; config space (5.11.4) |
 //! | `request` | a chain becomes a request that the guest can no longer change |
 //! | `worker`, `thread` | threads, their queues, their identity |
-//! | `share` | the operations of FUSE |
+//! | `operations`, `share` | the operations of FUSE, and what they have in common |
 //! | `inodes`, `handles` | what the guest remembers, what it has open |
 //! | `attributes`, `names`, `listing`, `xattr` | parts of the operations |
 //! | `identity` | acting as a user of the guest |
@@ -45,6 +45,7 @@ mod identity;
 mod inodes;
 mod listing;
 mod names;
+mod operations;
 mod request;
 mod share;
 mod tag;

@@ -4,16 +4,15 @@
 //! and never buffers more than it has promised the guest in `buf_alloc`: what the host
 //! does not take stays in [`TxBuffer`], what the guest does not take stays in the socket.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, sendmsg};
-
 use super::buffers::Buffers;
+use super::credit::{Credit, Granted};
 use super::host::Waiter;
+use super::opener::Opener;
 use super::packet::{
     CID_HOST, Header, MAX_PAYLOAD, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND, TYPE_STREAM, op,
 };
@@ -32,20 +31,6 @@ pub struct Ports {
     pub local: u32,
     /// On the guest's side.
     pub peer: u32,
-}
-
-/// Who gets told that the guest has accepted.
-#[derive(Debug)]
-pub enum Opener {
-    /// An in-process caller, who gets the other half of the socket pair.
-    InProcess {
-        /// The caller.
-        waiter: Waiter,
-        /// Its half.
-        stream: UnixStream,
-    },
-    /// A client of the Unix socket, who gets the `OK` line.
-    Client,
 }
 
 /// Where a connection stands.
@@ -84,22 +69,12 @@ pub struct Connection {
 
     // Guest to host.
     tx: TxBuffer,
-    /// What the guest may have in flight: the size of `tx`.
-    buf_alloc: u32,
-    /// Bytes handed to the host, modulo 2^32.
-    fwd_cnt: u32,
-    /// The `fwd_cnt` that the guest was last told.
-    announced: u32,
+    granted: Granted,
     /// The host takes no more.
     host_deaf: bool,
 
     // Host to guest.
-    /// The guest's receive buffer.
-    peer_buf_alloc: u32,
-    /// What the guest says it has taken out of it, modulo 2^32.
-    peer_fwd_cnt: u32,
-    /// Bytes sent to the guest, modulo 2^32.
-    sent: u32,
+    credit: Credit,
     /// The socket may have data.
     readable: bool,
     /// A credit request was sent and not answered with credit.
@@ -126,13 +101,9 @@ impl Connection {
             guest_knows: false,
             deadline: None,
             tx: TxBuffer::new(usize::try_from(buf_alloc).unwrap_or(usize::MAX)),
-            buf_alloc,
-            fwd_cnt: 0,
-            announced: 0,
+            granted: Granted::new(buf_alloc),
             host_deaf: false,
-            peer_buf_alloc: 0,
-            peer_fwd_cnt: 0,
-            sent: 0,
+            credit: Credit::default(),
             readable: false,
             asked: false,
             host_eof: false,
@@ -219,7 +190,7 @@ impl Connection {
     pub fn expire(&mut self) {
         let timed_out = || io::Error::new(io::ErrorKind::TimedOut, "the guest did not answer");
         match std::mem::replace(&mut self.state, State::Closed) {
-            State::Requested(opener) => refuse(opener, timed_out()),
+            State::Requested(opener) => opener.refused(timed_out()),
             // The guest has confirmed nothing, but it sends nothing more either.
             State::Open => self.flush_then_close(),
             State::Flushing | State::Closed => {}
@@ -229,7 +200,7 @@ impl Connection {
     /// Ends the connection without regard to buffered data.
     pub fn abort(&mut self, why: io::Error) {
         if let State::Requested(opener) = std::mem::replace(&mut self.state, State::Closed) {
-            refuse(opener, why);
+            opener.refused(why);
         }
     }
 
@@ -260,9 +231,8 @@ impl Connection {
     }
 
     fn note_credit(&mut self, header: &Header) {
-        self.peer_buf_alloc = header.buf_alloc;
-        self.peer_fwd_cnt = header.fwd_cnt;
-        if self.credit() > 0 {
+        self.credit.note(header.buf_alloc, header.fwd_cnt);
+        if self.credit.left() > 0 {
             self.asked = false;
         }
         self.ask_for_credit();
@@ -277,26 +247,10 @@ impl Connection {
             }
         };
         self.deadline = None;
-        let told = match opener {
-            Opener::InProcess { waiter, stream } => waiter.resolve(Ok(stream)),
-            Opener::Client => self.greet(),
-        };
+        let told = opener.accepted(&self.stream, self.ports.local);
         if !told {
             self.state = State::Closed;
         }
-    }
-
-    /// Sends the `OK` line; the socket is fresh, so that it fits or the client is gone.
-    fn greet(&self) -> bool {
-        let line = format!("OK {}\n", self.ports.local);
-        let sent = sendmsg::<()>(
-            self.stream.as_raw_fd(),
-            &[IoSlice::new(line.as_bytes())],
-            &[],
-            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
-        sent == Ok(line.len())
     }
 
     fn take_payload(&mut self, header: &Header, buffers: &Buffers<'_>) {
@@ -499,12 +453,12 @@ impl Connection {
         matches!(self.state, State::Open)
             && self.readable
             && self.listens_to_host()
-            && self.credit() > 0
+            && self.credit.left() > 0
     }
 
     /// Reads from the host into `buffers` what the guest has room for.
     fn read_host(&mut self, buffers: &Buffers<'_>) -> Option<u32> {
-        let credit = usize::try_from(self.credit()).unwrap_or(usize::MAX);
+        let credit = usize::try_from(self.credit.left()).unwrap_or(usize::MAX);
         let limit = credit.min(MAX_PAYLOAD).min(buffers.payload_len());
         match buffers.recv_payload(&self.stream, limit) {
             Ok(0) => {
@@ -518,7 +472,7 @@ impl Connection {
                     self.readable = false;
                 }
                 let len = u32::try_from(len).ok()?;
-                self.sent = self.sent.wrapping_add(len);
+                self.credit.spend(len);
                 self.ask_for_credit();
                 Some(len)
             }
@@ -547,8 +501,8 @@ impl Connection {
     }
 
     fn header(&mut self, op: u16) -> Header {
-        self.announced = self.fwd_cnt;
         self.pending.credit_update = false;
+        let (buf_alloc, fwd_cnt) = self.granted.announce();
         Header {
             src_cid: CID_HOST,
             dst_cid: self.guest_cid,
@@ -558,203 +512,27 @@ impl Connection {
             kind: TYPE_STREAM,
             op,
             flags: 0,
-            buf_alloc: self.buf_alloc,
-            fwd_cnt: self.fwd_cnt,
-        }
-    }
-
-    // ---- credit, 5.10.6.3 ----
-
-    /// Bytes that the guest has room for. Whatever it claims, the result is only a limit
-    /// on what it is sent; nonsense stalls its own connection.
-    fn credit(&self) -> u32 {
-        let in_flight = self.sent.wrapping_sub(self.peer_fwd_cnt);
-        self.peer_buf_alloc.saturating_sub(in_flight)
-    }
-
-    /// Asks once when data waits and there is no credit.
-    fn ask_for_credit(&mut self) {
-        if matches!(self.state, State::Open) && self.readable && self.credit() == 0 && !self.asked {
-            self.asked = true;
-            self.pending.credit_request = true;
-        }
-    }
-
-    /// Counts bytes that left the buffer; tells the guest once a quarter of it is free
-    /// again, so that it neither stalls nor hears of every byte.
-    fn forwarded(&mut self, len: usize) {
-        // Modulo 2^32 by definition; `len` is at most the buffer's size.
-        self.fwd_cnt = self
-            .fwd_cnt
-            .wrapping_add(u32::try_from(len).unwrap_or(u32::MAX));
-        if self.fwd_cnt.wrapping_sub(self.announced) >= self.buf_alloc / 4 {
-            self.pending.credit_update = true;
-        }
-    }
-}
-
-fn refuse(opener: Opener, why: io::Error) {
-    match opener {
-        Opener::InProcess { waiter, .. } => {
-            // The caller may have gone first.
-            let _ = waiter.resolve(Err(why));
-        }
-        // Closing its socket is the answer.
-        Opener::Client => {}
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::{Read, Write};
-
-    use tokio::sync::oneshot;
-    use virtio_queue::desc::split::Descriptor;
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-
-    use super::super::buffers::Direction;
-    use super::super::packet::HEADER_LEN;
-    use super::*;
-
-    const READABLE: Ready = Ready {
-        readable: true,
-        writable: false,
-        hangup: false,
-    };
-
-    fn packet(op: u16, buf_alloc: u32, fwd_cnt: u32, len: u32) -> Header {
-        Header {
-            src_cid: 3,
-            dst_cid: CID_HOST,
-            src_port: 5,
-            dst_port: 6,
-            len,
-            kind: TYPE_STREAM,
-            op,
-            flags: 0,
             buf_alloc,
             fwd_cnt,
         }
     }
 
-    fn open(memory: &GuestMemoryMmap<()>, peer_buf_alloc: u32) -> (Connection, UnixStream) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let ports = Ports { local: 6, peer: 5 };
-        let request = packet(op::REQUEST, peer_buf_alloc, 0, 0);
-        let mut connection = Connection::accepted(ports, 3, ours, &request, 64 * 1024);
-        let response = connection
-            .fill(&buffers(memory, Direction::ToGuest))
-            .unwrap();
-        assert_eq!(response.op, op::RESPONSE);
-        (connection, theirs)
-    }
+    // ---- flow control ----
 
-    fn memory() -> GuestMemoryMmap<()> {
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40000)]).unwrap()
-    }
-
-    /// One buffer of a whole packet.
-    fn buffers(memory: &GuestMemoryMmap<()>, direction: Direction) -> Buffers<'_> {
-        let flags = if direction == Direction::ToGuest {
-            2
-        } else {
-            0
-        };
-        let len = u32::try_from(HEADER_LEN + MAX_PAYLOAD).unwrap();
-        let mut buffers = Buffers::default();
-        let chain = std::iter::once(Descriptor::new(0, len, flags, 0));
-        buffers.load(memory, chain, direction).unwrap();
-        buffers
-    }
-
-    #[test]
-    fn counters_wrap_around() {
-        let memory = memory();
-        let (mut connection, mut host) = open(&memory, 1000);
-        for start in [u32::MAX - 10, u32::MAX, 0] {
-            // To the host.
-            connection.fwd_cnt = start;
-            connection.announced = start;
-            memory
-                .write_slice(b"across the edge", GuestAddress(HEADER_LEN as u64))
-                .unwrap();
-            // To the guest: 990 of 1000 bytes are in flight across the edge.
-            connection.sent = start.wrapping_add(990);
-            let from = buffers(&memory, Direction::FromGuest);
-            connection.receive(&packet(op::RW, 1000, start, 15), &from);
-            let mut got = [0; 15];
-            host.read_exact(&mut got).unwrap();
-            assert_eq!(&got, b"across the edge");
-            assert_eq!(connection.fwd_cnt, start.wrapping_add(15));
-            assert_eq!(connection.credit(), 10);
-            host.write_all(&[1; 25]).unwrap();
-            connection.ready(READABLE);
-            let to = buffers(&memory, Direction::ToGuest);
-            let header = connection.fill(&to).unwrap();
-            assert_eq!((header.op, header.len), (op::RW, 10));
-            assert_eq!(header.fwd_cnt, start.wrapping_add(15));
-            assert_eq!(connection.fill(&to).unwrap().op, op::CREDIT_REQUEST);
-            assert!(!connection.wants_to_send());
-            let update = packet(op::CREDIT_UPDATE, 1000, start.wrapping_add(1000), 0);
-            connection.receive(&update, &to);
-            assert_eq!(connection.fill(&to).unwrap().len, 15);
+    /// Asks once when data waits and there is no credit.
+    fn ask_for_credit(&mut self) {
+        let stuck = matches!(self.state, State::Open) && self.readable && self.credit.left() == 0;
+        if stuck && !self.asked {
+            self.asked = true;
+            self.pending.credit_request = true;
         }
     }
 
-    #[test]
-    fn credit_is_announced_when_a_quarter_is_free() {
-        let memory = memory();
-        let (mut connection, _host) = open(&memory, 1000);
-        let from = buffers(&memory, Direction::FromGuest);
-        connection.receive(&packet(op::RW, 0, 0, 16 * 1024 - 1), &from);
-        assert!(!connection.wants_to_send());
-        connection.receive(&packet(op::RW, 0, 0, 1), &from);
-        let to = buffers(&memory, Direction::ToGuest);
-        let update = connection.fill(&to).unwrap();
-        assert_eq!((update.op, update.fwd_cnt), (op::CREDIT_UPDATE, 16 * 1024));
-        assert!(!connection.wants_to_send());
-    }
-
-    #[test]
-    fn a_guest_that_never_answers_times_out() {
-        let memory = memory();
-        let (ours, stream) = UnixStream::pair().unwrap();
-        let (reply, mut result) = oneshot::channel();
-        let opener = Opener::InProcess {
-            waiter: Waiter::new(reply),
-            stream,
-        };
-        let ports = Ports { local: 1, peer: 2 };
-        let mut connection = Connection::requested(ports, 3, ours, opener, 4096);
-        let left = connection.deadline().unwrap() - Instant::now();
-        assert!(left <= CONNECT_TIMEOUT);
-        let to = buffers(&memory, Direction::ToGuest);
-        assert_eq!(connection.fill(&to).unwrap().op, op::REQUEST);
-        connection.expire();
-        assert!(connection.is_closed());
-        assert_eq!(connection.parting_reset().unwrap().op, op::RST);
-        assert!(connection.parting_reset().is_none());
-        let err = result.try_recv().unwrap().unwrap_err();
-        assert_eq!(err.kind(), io::ErrorKind::TimedOut);
-    }
-
-    #[test]
-    fn an_unconfirmed_close_times_out() {
-        let memory = memory();
-        let (mut connection, host) = open(&memory, 1000);
-        assert_eq!(connection.deadline(), None);
-        drop(host);
-        connection.ready(Ready {
-            readable: true,
-            writable: false,
-            hangup: true,
-        });
-        let to = buffers(&memory, Direction::ToGuest);
-        let shutdown = connection.fill(&to).unwrap();
-        assert_eq!((shutdown.op, shutdown.flags), (op::SHUTDOWN, SHUTDOWN_BOTH));
-        assert!(connection.deadline().unwrap() - Instant::now() <= CLOSE_TIMEOUT);
-        connection.expire();
-        assert!(connection.is_closed());
-        assert_eq!(connection.parting_reset().unwrap().op, op::RST);
+    /// Bytes have left the buffer: the guest has to know at some point.
+    fn forwarded(&mut self, len: usize) {
+        self.pending.credit_update |= self.granted.forwarded(len);
     }
 }
+
+#[cfg(test)]
+mod tests;

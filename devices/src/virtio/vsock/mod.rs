@@ -20,7 +20,9 @@
 //! | `packet` | header, operations, flags (5.10.6) |
 //! | `buffers` | a descriptor chain as checked slices of guest memory, socket I/O on them |
 //! | `tx_buffer` | bytes that the guest sent and the host has not yet read |
-//! | `connection` | state machine of one connection, flow control (5.10.6.3) |
+//! | `connection` | state machine of one connection |
+//! | `credit` | flow control (5.10.6.3) |
+//! | `opener` | who on the host asked for a connection |
 //! | `muxer` | all connections, what is to be sent to the guest, deadlines |
 //! | `uds` | the Unix sockets of the hybrid model |
 //! | `host` | [`VsockHandle`]: connect, listen, transport reset |
@@ -30,11 +32,13 @@
 
 mod buffers;
 mod connection;
+mod credit;
 mod deadlines;
 mod device;
 mod handler;
 mod host;
 mod muxer;
+mod opener;
 mod packet;
 mod queues;
 mod tx_buffer;

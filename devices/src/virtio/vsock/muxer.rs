@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::buffers::Buffers;
-use super::connection::{Connection, Opener, Ports};
+use super::connection::{Connection, Ports};
 use super::deadlines::Deadlines;
 use super::host::{Connect, Host, Offer};
+use super::opener::Opener;
 use super::packet::{CID_HOST, Header, TYPE_STREAM, op};
 use super::uds::{self, Client, Handshake};
 use crate::virtio::{Interest, Loop, Ready};
@@ -173,7 +174,8 @@ impl Muxer {
             Some(stream) => {
                 let connection =
                     Connection::accepted(ports, self.guest_cid, stream, request, self.buf_alloc());
-                self.add(lp, connection);
+                let id = self.take_id();
+                self.add(lp, id, connection);
             }
             None => self.reply_reset(request),
         }
@@ -217,8 +219,8 @@ impl Muxer {
             guest_port,
             mut waiter,
         } = connect;
-        // The number that `open` will give out.
-        if waiter.cancelled_or_watch(&self.host, self.next_id) {
+        let id = self.take_id();
+        if waiter.cancelled_or_watch(&self.host, id) {
             return;
         }
         if self.is_full() {
@@ -230,7 +232,8 @@ impl Muxer {
         }
         match stream_pair() {
             Ok((ours, stream)) => {
-                self.open(lp, guest_port, ours, Opener::InProcess { waiter, stream });
+                let opener = Opener::InProcess { waiter, stream };
+                self.open(lp, id, guest_port, ours, opener);
             }
             Err(err) => {
                 waiter.resolve(Err(err));
@@ -238,15 +241,22 @@ impl Muxer {
         }
     }
 
-    /// Starts a connection to `guest_port`.
-    fn open(&mut self, lp: &mut dyn Loop, guest_port: u32, stream: UnixStream, opener: Opener) {
+    /// Starts the connection `id` to `guest_port`.
+    fn open(
+        &mut self,
+        lp: &mut dyn Loop,
+        id: u64,
+        guest_port: u32,
+        stream: UnixStream,
+        opener: Opener,
+    ) {
         let ports = Ports {
             local: self.free_local_port(guest_port),
             peer: guest_port,
         };
         let connection =
             Connection::requested(ports, self.guest_cid, stream, opener, self.buf_alloc());
-        self.add(lp, connection);
+        self.add(lp, id, connection);
     }
 
     fn free_local_port(&mut self, peer: u32) -> u32 {
@@ -290,7 +300,8 @@ impl Muxer {
         if let Some(client) = self.remove_client(lp, id)
             && let Handshake::Connect(port) = handshake
         {
-            self.open(lp, port, client.into_stream(), Opener::Client);
+            let id = self.take_id();
+            self.open(lp, id, port, client.into_stream(), Opener::Client);
         }
     }
 
@@ -387,8 +398,7 @@ impl Muxer {
         id
     }
 
-    fn add(&mut self, lp: &mut dyn Loop, connection: Connection) {
-        let id = self.take_id();
+    fn add(&mut self, lp: &mut dyn Loop, id: u64, connection: Connection) {
         self.by_ports.insert(connection.ports(), id);
         self.entries.insert(
             id,

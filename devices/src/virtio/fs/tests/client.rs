@@ -174,11 +174,7 @@ impl Client {
 
     pub fn init(&mut self) -> Vec<u8> {
         // 7.36, everything that fits 32 bits offered.
-        let body = fields()
-            .u32(7)
-            .u32(36)
-            .u32(0x20000)
-            .u32(!(1 << 30));
+        let body = fields().u32(7).u32(36).u32(0x20000).u32(!(1 << 30));
         self.call(op::INIT, 0, body, 64).unwrap()
     }
 
