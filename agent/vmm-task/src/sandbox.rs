@@ -1,0 +1,198 @@
+//! What the pod needs of the guest before its first container.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use agent_api::rpc::SetupSandboxRequest;
+use nix::unistd::sethostname;
+use tracing::warn;
+
+use crate::clock;
+use crate::error::Error;
+use crate::mounts;
+use crate::sys;
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// The pod's settings, once applied.
+#[derive(Debug)]
+pub struct Sandbox {
+    request: SetupSandboxRequest,
+}
+
+/// Mounts that go away unless the set-up succeeds.
+struct Mounted(Vec<PathBuf>);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        for target in self.0.iter().rev() {
+            mounts::unmount(target);
+        }
+    }
+}
+
+impl Sandbox {
+    /// Applies the settings; mounts stay only when all of it succeeds.
+    pub fn setup(request: &SetupSandboxRequest) -> Result<Self, Error> {
+        refresh(request)?;
+        if !request.hostname.is_empty() {
+            sethostname(&request.hostname)
+                .map_err(|e| Error::io(format!("hostname {:?}", request.hostname))(e.into()))?;
+        }
+        let mut mounted = Mounted(Vec::new());
+        for mount in &request.mounts {
+            mounts::mount(mount)?;
+            mounted.0.push(PathBuf::from(&mount.target));
+        }
+        for (key, value) in &request.sysctls {
+            set_sysctl(key, value)?;
+        }
+        if !request.resolv_conf.is_empty() {
+            fs::create_dir_all("/etc")
+                .and_then(|()| fs::write(RESOLV_CONF, &request.resolv_conf))
+                .map_err(Error::io(RESOLV_CONF))?;
+        }
+        if let Some(name) = request
+            .environment
+            .keys()
+            .find(|n| n.is_empty() || n.contains(['=', '\0']))
+        {
+            return Err(Error::invalid(
+                "environment",
+                format!("{name:?} cannot be a variable's name"),
+            ));
+        }
+        mounted.0.clear();
+        let mut request = request.clone();
+        request.entropy.clear();
+        Ok(Self { request })
+    }
+
+    /// Answers a repeated request: the same settings are fine, others are not. Time and
+    /// entropy may differ, and take effect.
+    pub fn repeat(&self, request: &SetupSandboxRequest) -> Result<(), Error> {
+        let mut same = request.clone();
+        same.entropy.clear();
+        same.time_ns = self.request.time_ns;
+        if same != self.request {
+            return Err(Error::State {
+                what: "the sandbox".to_owned(),
+                is: "set up with other settings",
+                needs: "new",
+            });
+        }
+        refresh(request)
+    }
+
+    /// Variables for every process of the pod.
+    pub fn environment(&self) -> BTreeMap<String, String> {
+        let vars = self.request.environment.iter();
+        vars.map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+}
+
+/// Sets the clock and feeds the entropy pool.
+fn refresh(request: &SetupSandboxRequest) -> Result<(), Error> {
+    if request.time_ns > 0 {
+        clock::set_ns(request.time_ns).map_err(Error::io("setting the clock"))?;
+    }
+    if !request.entropy.is_empty() {
+        let opened = fs::OpenOptions::new().write(true).open("/dev/urandom");
+        let random = opened.map_err(Error::io("/dev/urandom"))?;
+        if let Err(e) = sys::add_entropy(&random, &request.entropy) {
+            warn!("entropy was not credited: {e}");
+        }
+    }
+    Ok(())
+}
+
+/// Writes a kernel setting, its key given with dots (slashes stand for dots in a name, as
+/// sysctl(8) has it).
+pub fn set_sysctl(key: &str, value: &str) -> Result<(), Error> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
+    let bad = key.is_empty() || !key.chars().all(allowed) || key.split('.').any(str::is_empty);
+    if bad || key.contains("..") || key.starts_with('/') {
+        return Err(Error::invalid(
+            "sysctls",
+            format!("{key:?} is not a kernel setting"),
+        ));
+    }
+    let swapped: String = key
+        .chars()
+        .map(|c| match c {
+            '.' => '/',
+            '/' => '.',
+            c => c,
+        })
+        .collect();
+    if swapped
+        .split('/')
+        .any(|part| part.is_empty() || part == ".." || part == ".")
+    {
+        return Err(Error::invalid(
+            "sysctls",
+            format!("{key:?} is not a kernel setting"),
+        ));
+    }
+    let path = format!("/proc/sys/{swapped}");
+    // Opened without O_CREAT: a missing setting is an error, not a new file.
+    let result = fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .and_then(|mut f| {
+            use std::io::Write;
+            f.write_all(value.as_bytes())
+        });
+    result.map_err(Error::io(format!("sysctl {key}={value}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_outside_proc_sys_are_refused() {
+        for key in [
+            "",
+            "..",
+            "a..b",
+            ".a",
+            "a.",
+            "/etc/passwd",
+            "a/../b",
+            "net ipv4",
+            "..//..//etc",
+            "a.//.//.b",
+        ] {
+            let e = set_sysctl(key, "1").unwrap_err();
+            assert!(matches!(e, Error::Invalid { .. }), "{key:?}: {e}");
+        }
+        assert!(matches!(
+            set_sysctl("kernel.no_such_setting", "1"),
+            Err(Error::Io { .. })
+        ));
+    }
+
+    #[test]
+    fn repeating_is_fine_unless_it_differs() {
+        let request = SetupSandboxRequest {
+            environment: [("A".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        let sandbox = Sandbox::setup(&request).unwrap();
+        sandbox.repeat(&request).unwrap();
+        let mut other = request;
+        other.hostname = "elsewhere".into();
+        assert!(matches!(sandbox.repeat(&other), Err(Error::State { .. })));
+    }
+
+    #[test]
+    fn a_variable_needs_a_name() {
+        let request = SetupSandboxRequest {
+            environment: [("A=B".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        assert!(Sandbox::setup(&request).is_err());
+    }
+}
