@@ -110,7 +110,8 @@ impl Host {
     /// the guest's kernel.
     ///
     /// `soft_ring0` wakes the guest kernel's own provisions for such hosts (the kernel
-    /// recipe of this project has them; others ignore it).
+    /// recipe of this project has them; others ignore it), and `tick_stride` lets its ticks
+    /// be rarer, each of which costs milliseconds.
     /// The emulator lacks the XSAVE family, POPCNT, CMPXCHG16B and SMAP's instructions.
     /// Without ERMS and FSRM the kernel copies by 8-byte string moves, which the emulator
     /// does about three times faster. The timer check, the mitigations and high-resolution
@@ -120,6 +121,7 @@ impl Host {
         if self.emulated_ring0() {
             &[
                 "soft_ring0",
+                "tick_stride=5",
                 "noxsave",
                 "clearcpuid=popcnt,cx16,smap,smep,erms,fsrm",
                 "mitigations=off",
@@ -133,7 +135,8 @@ impl Host {
     }
 
     /// Environment that processes in the guest need on this host; none where the CPU runs
-    /// the guest's kernel.
+    /// the guest's kernel. A machine gives it to its init; whoever starts processes there
+    /// passes it on.
     ///
     /// With `noxsave` the kernel does not save AVX registers, yet CPUID still shows AVX to
     /// programs: glibc must not use it.

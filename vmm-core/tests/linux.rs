@@ -1,6 +1,7 @@
 //! A real Linux guest: from the kernel's entry to a shell script as `/init`.
 //!
 //! `VMM_TEST_KERNEL` names the kernel; a static busybox makes the initramfs.
+//! `VMM_TEST_DISCOVERY=acpi` uses ACPI where the command line is the default.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use devices::virtio::fs::{Fs, FsConfig};
+use vmm_core::config::Discovery;
 use vmm_core::vm::{ExitReason, Vm};
 use vmm_core::{Host, Machine, MachineConfig};
 
@@ -61,6 +64,14 @@ fn boot(host: &Host, kernel: &Path, vcpus: u32, script: &str) -> (Machine, ExitR
     config.vcpus = vcpus;
     config.initramfs = Some(initramfs(dir.path(), script));
     "quiet".clone_into(&mut config.cmdline);
+    if std::env::var_os("VMM_TEST_DISCOVERY").is_some_and(|value| value == "acpi") {
+        config.discovery = Discovery::Acpi;
+    }
+    let share = dir.path().join("share");
+    fs::create_dir(&share).unwrap();
+    fs::write(share.join("hello"), "shared").unwrap();
+    let share = Fs::new(FsConfig::new("share", share)).unwrap();
+    let config = config.with_device("share", Box::new(share));
     let machine = Machine::build(host, config.with_rng().unwrap()).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -78,7 +89,7 @@ fn boot(host: &Host, kernel: &Path, vcpus: u32, script: &str) -> (Machine, ExitR
     (machine, reason)
 }
 
-/// Two vCPUs come up, the entropy device works, and a reboot is a reset.
+/// Two vCPUs come up, the entropy device and the share work, and a reboot is a reset.
 #[test]
 fn linux_comes_up_with_two_cpus() {
     let (host, kernel) = match prerequisites() {
@@ -89,13 +100,20 @@ fn linux_comes_up_with_two_cpus() {
         /bin/busybox mount -t proc proc /proc\n\
         /bin/busybox echo cpus=$(/bin/busybox nproc)\n\
         /bin/busybox mount -t devtmpfs dev /dev\n\
+        /bin/busybox echo env=$GLIBC_TUNABLES\n\
         /bin/busybox echo entropy=$(/bin/busybox head -c 32 /dev/hwrng | /bin/busybox wc -c)\n\
+        /bin/busybox mount -t virtiofs share /sys\n\
+        /bin/busybox echo share=$(/bin/busybox cat /sys/hello)\n\
         /bin/busybox reboot -f\n";
     let (machine, reason) = boot(&host, &kernel, 2, script);
     let console = machine.console_tail().unwrap();
     assert_eq!(reason, ExitReason::GuestReset, "{console}");
     assert!(console.contains("cpus=2"), "{console}");
     assert!(console.contains("entropy=32"), "{console}");
+    assert!(console.contains("share=shared"), "{console}");
+    for (_, value) in host.guest_environment() {
+        assert!(console.contains(&format!("env={value}")), "{console}");
+    }
 }
 
 /// A panic resets at once and is told apart by the console.

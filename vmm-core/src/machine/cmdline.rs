@@ -22,6 +22,12 @@ pub(super) fn build(
             .iter()
             .map(|word| (*word).to_owned()),
     );
+    // The kernel passes on what it does not know: NAME=value becomes init's environment.
+    words.extend(
+        host.guest_environment()
+            .iter()
+            .map(|(name, value)| format!("{name}={value}")),
+    );
     if !acpi {
         words.push("acpi=off".to_owned());
         words.extend(devices.iter().map(device_parameter));

@@ -8,7 +8,7 @@
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::Once;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::{io, mem};
@@ -30,13 +30,10 @@ extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
 /// Makes the kick signal harmless in this process.
 pub(super) fn install_handler() -> io::Result<()> {
-    static INSTALLED: Once = Once::new();
-    let mut result = Ok(());
-    INSTALLED.call_once(|| {
-        result = register_signal_handler(kick_signal(), ignore)
-            .map_err(|err| io::Error::from_raw_os_error(err.errno()));
-    });
-    result
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| register_signal_handler(kick_signal(), ignore).map_err(|err| err.errno()))
+        .map_err(io::Error::from_raw_os_error)
 }
 
 /// Lets the calling thread be kicked, whatever mask it inherited.

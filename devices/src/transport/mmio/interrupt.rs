@@ -8,6 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::registers::{CONFIG_CHANGE, USED_BUFFER};
 use crate::virtio::Interrupt;
 
+/// Needed resets of one device that are logged.
+const MAX_REPORTS: u32 = 8;
+
 /// A wire to the interrupt controller, edge-triggered.
 pub trait IrqLine: Send + Sync + fmt::Debug {
     /// Sends one edge.
@@ -35,6 +38,8 @@ pub(super) struct MmioInterrupt {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// Of needed resets, for the log.
+    reports: AtomicU32,
     line: Arc<dyn IrqLine>,
 }
 
@@ -45,6 +50,7 @@ impl MmioInterrupt {
             status: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            reports: AtomicU32::new(0),
             line,
         }
     }
@@ -93,7 +99,10 @@ impl Interrupt for MmioInterrupt {
 
     fn needs_reset(&self, reason: &str) {
         if !self.needs_reset.swap(true, Ordering::SeqCst) {
-            tracing::warn!(device = self.device, reason, "device needs a reset");
+            // A guest that does this on purpose must not fill the log.
+            if self.reports.fetch_add(1, Ordering::Relaxed) < MAX_REPORTS {
+                tracing::warn!(device = self.device, reason, "device needs a reset");
+            }
             // Nobody is left to tell when this fails, too.
             let _ = self.raise(CONFIG_CHANGE);
         }
