@@ -1,7 +1,13 @@
 //! The contract between device models and transports.
 
+pub mod block;
+mod chain;
+mod config;
 pub mod fs;
+pub mod net;
+mod notify;
 pub mod rng;
+mod vectors;
 pub mod vsock;
 
 use std::fmt;
