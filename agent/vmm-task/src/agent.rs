@@ -20,7 +20,7 @@ use crate::clock;
 use crate::container::Container;
 use crate::container::executor::shell_code;
 use crate::container::process::{Exit, Process};
-use crate::error::{Error, check_id};
+use crate::error::{AgentError, check_id};
 use crate::events::{self, Events};
 use crate::sandbox::Sandbox;
 use crate::stdio::ProcessName;
@@ -47,14 +47,14 @@ pub struct Agent {
 }
 
 impl State {
-    fn container(&mut self, id: &str) -> Result<&mut Container, Error> {
+    fn container(&mut self, id: &str) -> Result<&mut Container, AgentError> {
         self.containers
             .get_mut(id)
             .filter(|c| !c.deleting)
-            .ok_or_else(|| Error::NoContainer(id.to_owned()))
+            .ok_or_else(|| AgentError::NoContainer(id.to_owned()))
     }
 
-    fn process(&mut self, name: &ProcessName) -> Result<&mut Process, Error> {
+    fn process(&mut self, name: &ProcessName) -> Result<&mut Process, AgentError> {
         self.container(&name.container)?.process(&name.exec)
     }
 
@@ -67,7 +67,7 @@ impl State {
 }
 
 /// Checks the ids of a request.
-fn name_of(process: &ProcessRef) -> Result<ProcessName, Error> {
+fn name_of(process: &ProcessRef) -> Result<ProcessName, AgentError> {
     check_id("container_id", &process.container_id)?;
     if !process.exec_id.is_empty() {
         check_id("exec_id", &process.exec_id)?;
@@ -115,7 +115,7 @@ impl Agent {
     }
 
     /// Prepares the guest for its pod.
-    pub fn setup_sandbox(&self, request: &SetupSandboxRequest) -> Result<(), Error> {
+    pub fn setup_sandbox(&self, request: &SetupSandboxRequest) -> Result<(), AgentError> {
         let mut state = self.lock();
         match &mut state.sandbox {
             Some(sandbox) => sandbox.repeat(request),
@@ -131,13 +131,13 @@ impl Agent {
     pub fn create_container(
         self: &Arc<Self>,
         request: &CreateContainerRequest,
-    ) -> Result<u32, Error> {
+    ) -> Result<u32, AgentError> {
         let id = &request.container_id;
         check_id("container_id", id)?;
         let mut state = self.lock();
         let env = state.environment();
         let container = match state.containers.entry(id.clone()) {
-            Entry::Occupied(_) => return Err(Error::Exists(format!("container {id}"))),
+            Entry::Occupied(_) => return Err(AgentError::Exists(format!("container {id}"))),
             Entry::Vacant(entry) => {
                 let mut container = Container::create(request, &env, &self.streams)?;
                 self.watch_oom(&mut container)?;
@@ -152,7 +152,7 @@ impl Agent {
     }
 
     /// Pushes an event whenever the kernel kills in the container for want of memory.
-    fn watch_oom(self: &Arc<Self>, container: &mut Container) -> Result<(), Error> {
+    fn watch_oom(self: &Arc<Self>, container: &mut Container) -> Result<(), AgentError> {
         let Some(oom) = container.cgroup()?.oom() else {
             return Ok(());
         };
@@ -169,7 +169,7 @@ impl Agent {
     }
 
     /// Adds a process to a running container.
-    pub fn create_exec(&self, request: &CreateExecRequest) -> Result<(), Error> {
+    pub fn create_exec(&self, request: &CreateExecRequest) -> Result<(), AgentError> {
         check_id("container_id", &request.container_id)?;
         check_id("exec_id", &request.exec_id)?;
         let mut state = self.lock();
@@ -180,13 +180,13 @@ impl Agent {
     }
 
     /// Starts a created process; returns its pid once its program runs.
-    pub async fn start(self: &Arc<Self>, process: &ProcessRef) -> Result<u32, Error> {
+    pub async fn start(self: &Arc<Self>, process: &ProcessRef) -> Result<u32, AgentError> {
         let name = name_of(process)?;
         let started = if name.exec.is_empty() {
             // A task of its own: a host that stops waiting must not leave it half done.
             let task = tokio::spawn(Arc::clone(self).start_init(name.clone()));
             task.await
-                .unwrap_or_else(|e| Err(Error::Internal(e.to_string())))
+                .unwrap_or_else(|e| Err(AgentError::Internal(e.to_string())))
         } else {
             self.start_exec(&name)
         };
@@ -197,7 +197,7 @@ impl Agent {
         Ok(started?.unsigned_abs())
     }
 
-    async fn start_init(self: Arc<Self>, name: ProcessName) -> Result<i32, Error> {
+    async fn start_init(self: Arc<Self>, name: ProcessName) -> Result<i32, AgentError> {
         let (pid, report, command) = {
             let mut state = self.lock();
             let container = state.container(&name.container)?;
@@ -227,7 +227,7 @@ impl Agent {
         Ok(pid)
     }
 
-    fn start_exec(&self, name: &ProcessName) -> Result<i32, Error> {
+    fn start_exec(&self, name: &ProcessName) -> Result<i32, AgentError> {
         let mut state = self.lock();
         let container = state.container(&name.container)?;
         match container.start_exec(&name.exec, &self.streams) {
@@ -248,7 +248,7 @@ impl Agent {
     }
 
     /// Records a process that never ran, and closes its streams.
-    fn start_failed(&self, name: &ProcessName, e: &Error) {
+    fn start_failed(&self, name: &ProcessName, e: &AgentError) {
         let exit = Exit {
             code: shell_code(e),
             at_ns: clock::now_ns(),
@@ -325,17 +325,17 @@ impl Agent {
     }
 
     /// Sends a signal to one process or to all of a container.
-    pub fn signal(&self, request: &SignalProcessRequest) -> Result<(), Error> {
+    pub fn signal(&self, request: &SignalProcessRequest) -> Result<(), AgentError> {
         let name = name_of(request.process.get_or_default())?;
         let signal = request.signal;
         if !(1..=MAX_SIGNAL).contains(&signal) {
-            return Err(Error::invalid(
+            return Err(AgentError::invalid(
                 "signal",
                 format!("{signal} is not between 1 and {MAX_SIGNAL}"),
             ));
         }
         if request.all && !name.exec.is_empty() {
-            return Err(Error::invalid("all", "is for the init process only"));
+            return Err(AgentError::invalid("all", "is for the init process only"));
         }
         let signal = signal.cast_signed();
         let mut state = self.lock();
@@ -354,32 +354,35 @@ impl Agent {
         let process = container.process(&name.exec)?;
         let Some(pid) = process.pid() else {
             return Err(match process.exit() {
-                Some(_) => Error::Exited(name.to_string()),
+                Some(_) => AgentError::Exited(name.to_string()),
                 None => process.wrong_state("running"),
             });
         };
-        sys::kill(pid, signal).map_err(Error::io(format!("signal {signal} to {name}")))
+        sys::kill(pid, signal).map_err(AgentError::io(format!("signal {signal} to {name}")))
     }
 
     /// Sets the size of a process's terminal.
-    pub fn resize(&self, process: &ProcessRef, width: u32, height: u32) -> Result<(), Error> {
+    pub fn resize(&self, process: &ProcessRef, width: u32, height: u32) -> Result<(), AgentError> {
         let name = name_of(process)?;
         let mut state = self.lock();
         let process = state.process(&name)?;
         if process.exit().is_some() {
-            return Err(Error::Exited(name.to_string()));
+            return Err(AgentError::Exited(name.to_string()));
         }
         let pumps = process.pumps.as_ref();
         let resized = pumps.map_or(Ok(false), |p| p.resize(width, height));
-        match resized.map_err(Error::io(format!("resizing {name}")))? {
+        match resized.map_err(AgentError::io(format!("resizing {name}")))? {
             true => Ok(()),
             false if process.is_created() => Err(process.wrong_state("running")),
-            false => Err(Error::invalid("process", format!("{name} has no terminal"))),
+            false => Err(AgentError::invalid(
+                "process",
+                format!("{name} has no terminal"),
+            )),
         }
     }
 
     /// Closes a process's standard input behind what was sent.
-    pub fn close_stdin(&self, process: &ProcessRef) -> Result<(), Error> {
+    pub fn close_stdin(&self, process: &ProcessRef) -> Result<(), AgentError> {
         let name = name_of(process)?;
         let mut state = self.lock();
         if let Some(pumps) = &state.process(&name)?.pumps {
@@ -390,13 +393,13 @@ impl Agent {
 
     /// Forgets an ended process, or one that never started; with the init process, the
     /// whole container.
-    pub async fn delete(self: &Arc<Self>, process: &ProcessRef) -> Result<ExitStatus, Error> {
+    pub async fn delete(self: &Arc<Self>, process: &ProcessRef) -> Result<ExitStatus, AgentError> {
         let name = name_of(process)?;
         if name.exec.is_empty() {
             let task = tokio::spawn(Arc::clone(self).delete_container(name.container));
             return task
                 .await
-                .unwrap_or_else(|e| Err(Error::Internal(e.to_string())));
+                .unwrap_or_else(|e| Err(AgentError::Internal(e.to_string())));
         }
         let mut state = self.lock();
         let container = state.container(&name.container)?;
@@ -407,7 +410,7 @@ impl Agent {
         Ok(status)
     }
 
-    async fn delete_container(self: Arc<Self>, id: String) -> Result<ExitStatus, Error> {
+    async fn delete_container(self: Arc<Self>, id: String) -> Result<ExitStatus, AgentError> {
         let (status, mut remains) = {
             let mut state = self.lock();
             let container = state.container(&id)?;
@@ -440,17 +443,17 @@ impl Agent {
     }
 
     /// Pids of everything in a container.
-    pub fn pids(&self, id: &str) -> Result<Vec<u32>, Error> {
+    pub fn pids(&self, id: &str) -> Result<Vec<u32>, AgentError> {
         self.lock().container(id)?.cgroup()?.pids()
     }
 
     /// Usage of a container.
-    pub fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+    pub fn stats(&self, id: &str) -> Result<StatsResponse, AgentError> {
         Ok(self.lock().container(id)?.cgroup()?.stats())
     }
 
     /// Freezes or continues a container.
-    pub async fn set_paused(&self, id: &str, paused: bool) -> Result<(), Error> {
+    pub async fn set_paused(&self, id: &str, paused: bool) -> Result<(), AgentError> {
         let frozen = {
             let mut state = self.lock();
             let container = state.container(id)?;
@@ -465,15 +468,15 @@ impl Agent {
     }
 
     /// Sets new limits for a container.
-    pub fn update(&self, id: &str, resources: &[u8]) -> Result<(), Error> {
-        let parsed: LinuxResources =
-            serde_json::from_slice(resources).map_err(|e| Error::invalid("resources_json", e))?;
+    pub fn update(&self, id: &str, resources: &[u8]) -> Result<(), AgentError> {
+        let parsed: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|e| AgentError::invalid("resources_json", e))?;
         self.lock().container(id)?.cgroup()?.update(&parsed)
     }
 }
 
 /// The status to answer a deletion with, if the process may be deleted.
-fn deletable(process: &Process) -> Result<ExitStatus, Error> {
+fn deletable(process: &Process) -> Result<ExitStatus, AgentError> {
     if let Some(exit) = process.exit() {
         return Ok(exit.into());
     }

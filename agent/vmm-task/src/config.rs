@@ -74,7 +74,7 @@ impl Params {
                 ("sharefs_type", Some("virtiofs")) => {}
                 ("sharefs_type", _) => params.warn(word, "only virtiofs is shared with the host"),
                 ("enable_tracing" | "debug_shell", _) => {
-                    params.warn(word, "not supported by this agent")
+                    params.warn(word, "not supported by this agent");
                 }
                 _ => params.warn(word, "unknown parameter"),
             }

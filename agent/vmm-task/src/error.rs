@@ -6,7 +6,7 @@ use ttrpc::proto::Code;
 
 /// Why a request was refused or failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum AgentError {
     /// An id that could not name a file.
     #[error("{field} {value:?} is not a valid id: use 1 to 256 of A-Z a-z 0-9 _ - . +")]
     InvalidId {
@@ -70,8 +70,12 @@ pub enum Error {
     Internal(String),
 }
 
-impl Error {
+impl AgentError {
     /// An invalid field.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "takes errors and strings alike"
+    )]
     pub fn invalid(field: impl Into<String>, why: impl ToString) -> Self {
         Self::Invalid {
             field: field.into(),
@@ -102,18 +106,18 @@ impl Error {
     }
 }
 
-impl From<Error> for ttrpc::Error {
-    fn from(e: Error) -> Self {
+impl From<AgentError> for ttrpc::Error {
+    fn from(e: AgentError) -> Self {
         Self::RpcStatus(ttrpc::get_status(e.code(), e))
     }
 }
 
 /// Checks an id of a request.
-pub fn check_id(field: &'static str, id: &str) -> Result<(), Error> {
+pub fn check_id(field: &'static str, id: &str) -> Result<(), AgentError> {
     if agent_api::stream::valid_id(id) {
         return Ok(());
     }
-    Err(Error::InvalidId {
+    Err(AgentError::InvalidId {
         field,
         value: id.chars().take(64).collect(),
     })

@@ -89,7 +89,7 @@ mod tests {
         assert_eq!(first.try_recv().unwrap(), oom("b"));
         let mut second = events.subscribe(Vec::new());
         events.publish(oom("c"));
-        assert!(first.try_recv().is_err());
+        first.try_recv().unwrap_err();
         assert_eq!(second.try_recv().unwrap(), oom("c"));
     }
 

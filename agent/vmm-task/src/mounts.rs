@@ -9,14 +9,14 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, umount2};
 use tracing::warn;
 
-use crate::error::Error;
+use crate::error::AgentError;
 
 /// Mounts `wanted`, making its target when it is missing.
-pub fn mount(wanted: &Mount) -> Result<(), Error> {
+pub fn mount(wanted: &Mount) -> Result<(), AgentError> {
     let target = Path::new(&wanted.target);
     if !target.is_absolute() {
         let why = format!("{:?} must be an absolute path", wanted.target);
-        return Err(Error::invalid("mounts.target", why));
+        return Err(AgentError::invalid("mounts.target", why));
     }
     let (flags, data) = parse_options(&wanted.options);
     let source = if wanted.source.is_empty() {
@@ -35,12 +35,12 @@ pub fn mount(wanted: &Mount) -> Result<(), Error> {
     };
     let mut result = attempt();
     if result == Err(Errno::ENOENT) {
-        make_target(target, Path::new(source), flags).map_err(Error::io(&wanted.target))?;
+        make_target(target, Path::new(source), flags).map_err(AgentError::io(&wanted.target))?;
         result = attempt();
     }
     result.map_err(|e| {
         let what = format!("mounting {source} ({}) on {}", wanted.fstype, wanted.target);
-        Error::io(what)(e.into())
+        AgentError::io(what)(e.into())
     })?;
     // The first bind call ignores every other flag.
     let rest = flags.difference(MsFlags::MS_BIND | MsFlags::MS_REC);
@@ -48,7 +48,9 @@ pub fn mount(wanted: &Mount) -> Result<(), Error> {
         let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
         if let Err(e) = nix::mount::mount(None::<&str>, target, None::<&str>, again, None::<&str>) {
             unmount(target);
-            return Err(Error::io(format!("remounting {}", wanted.target))(e.into()));
+            return Err(AgentError::io(format!("remounting {}", wanted.target))(
+                e.into(),
+            ));
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use nix::unistd::sethostname;
 use tracing::warn;
 
 use crate::clock;
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::mounts;
 use crate::sys;
 
@@ -34,11 +34,12 @@ impl Drop for Mounted {
 
 impl Sandbox {
     /// Applies the settings; mounts stay only when all of it succeeds.
-    pub fn setup(request: &SetupSandboxRequest) -> Result<Self, Error> {
+    pub fn setup(request: &SetupSandboxRequest) -> Result<Self, AgentError> {
         refresh(request)?;
         if !request.hostname.is_empty() {
-            sethostname(&request.hostname)
-                .map_err(|e| Error::io(format!("hostname {:?}", request.hostname))(e.into()))?;
+            sethostname(&request.hostname).map_err(|e| {
+                AgentError::io(format!("hostname {:?}", request.hostname))(e.into())
+            })?;
         }
         let mut mounted = Mounted(Vec::new());
         for mount in &request.mounts {
@@ -51,14 +52,14 @@ impl Sandbox {
         if !request.resolv_conf.is_empty() {
             fs::create_dir_all("/etc")
                 .and_then(|()| fs::write(RESOLV_CONF, &request.resolv_conf))
-                .map_err(Error::io(RESOLV_CONF))?;
+                .map_err(AgentError::io(RESOLV_CONF))?;
         }
         if let Some(name) = request
             .environment
             .keys()
             .find(|n| n.is_empty() || n.contains(['=', '\0']))
         {
-            return Err(Error::invalid(
+            return Err(AgentError::invalid(
                 "environment",
                 format!("{name:?} cannot be a variable's name"),
             ));
@@ -71,12 +72,12 @@ impl Sandbox {
 
     /// Answers a repeated request: the same settings are fine, others are not. Time and
     /// entropy may differ, and take effect.
-    pub fn repeat(&self, request: &SetupSandboxRequest) -> Result<(), Error> {
+    pub fn repeat(&self, request: &SetupSandboxRequest) -> Result<(), AgentError> {
         let mut same = request.clone();
         same.entropy.clear();
         same.time_ns = self.request.time_ns;
         if same != self.request {
-            return Err(Error::State {
+            return Err(AgentError::State {
                 what: "the sandbox".to_owned(),
                 is: "set up with other settings",
                 needs: "new",
@@ -93,13 +94,13 @@ impl Sandbox {
 }
 
 /// Sets the clock and feeds the entropy pool.
-fn refresh(request: &SetupSandboxRequest) -> Result<(), Error> {
+fn refresh(request: &SetupSandboxRequest) -> Result<(), AgentError> {
     if request.time_ns > 0 {
-        clock::set_ns(request.time_ns).map_err(Error::io("setting the clock"))?;
+        clock::set_ns(request.time_ns).map_err(AgentError::io("setting the clock"))?;
     }
     if !request.entropy.is_empty() {
         let opened = fs::OpenOptions::new().write(true).open("/dev/urandom");
-        let random = opened.map_err(Error::io("/dev/urandom"))?;
+        let random = opened.map_err(AgentError::io("/dev/urandom"))?;
         if let Err(e) = sys::add_entropy(&random, &request.entropy) {
             warn!("entropy was not credited: {e}");
         }
@@ -109,11 +110,11 @@ fn refresh(request: &SetupSandboxRequest) -> Result<(), Error> {
 
 /// Writes a kernel setting, its key given with dots (slashes stand for dots in a name, as
 /// sysctl(8) has it).
-pub fn set_sysctl(key: &str, value: &str) -> Result<(), Error> {
+pub fn set_sysctl(key: &str, value: &str) -> Result<(), AgentError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
     let bad = key.is_empty() || !key.chars().all(allowed) || key.split('.').any(str::is_empty);
     if bad || key.contains("..") || key.starts_with('/') {
-        return Err(Error::invalid(
+        return Err(AgentError::invalid(
             "sysctls",
             format!("{key:?} is not a kernel setting"),
         ));
@@ -130,7 +131,7 @@ pub fn set_sysctl(key: &str, value: &str) -> Result<(), Error> {
         .split('/')
         .any(|part| part.is_empty() || part == ".." || part == ".")
     {
-        return Err(Error::invalid(
+        return Err(AgentError::invalid(
             "sysctls",
             format!("{key:?} is not a kernel setting"),
         ));
@@ -144,7 +145,7 @@ pub fn set_sysctl(key: &str, value: &str) -> Result<(), Error> {
             use std::io::Write;
             f.write_all(value.as_bytes())
         });
-    result.map_err(Error::io(format!("sysctl {key}={value}")))
+    result.map_err(AgentError::io(format!("sysctl {key}={value}")))
 }
 
 #[cfg(test)]
@@ -166,11 +167,11 @@ mod tests {
             "a.//.//.b",
         ] {
             let e = set_sysctl(key, "1").unwrap_err();
-            assert!(matches!(e, Error::Invalid { .. }), "{key:?}: {e}");
+            assert!(matches!(e, AgentError::Invalid { .. }), "{key:?}: {e}");
         }
         assert!(matches!(
             set_sysctl("kernel.no_such_setting", "1"),
-            Err(Error::Io { .. })
+            Err(AgentError::Io { .. })
         ));
     }
 
@@ -184,7 +185,10 @@ mod tests {
         sandbox.repeat(&request).unwrap();
         let mut other = request;
         other.hostname = "elsewhere".into();
-        assert!(matches!(sandbox.repeat(&other), Err(Error::State { .. })));
+        assert!(matches!(
+            sandbox.repeat(&other),
+            Err(AgentError::State { .. })
+        ));
     }
 
     #[test]
@@ -193,6 +197,6 @@ mod tests {
             environment: [("A=B".to_owned(), "1".to_owned())].into(),
             ..Default::default()
         };
-        assert!(Sandbox::setup(&request).is_err());
+        Sandbox::setup(&request).unwrap_err();
     }
 }

@@ -17,7 +17,7 @@ use tracing::{error, info};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::agent::Agent;
-use crate::error::{Error, check_id};
+use crate::error::{AgentError, check_id};
 
 /// The service of one agent.
 #[derive(Debug)]
@@ -36,12 +36,16 @@ impl Service {
 /// Runs one request. A panic in it is an error of that request only.
 async fn answer<T>(
     request: &'static str,
-    work: impl Future<Output = Result<T, Error>>,
+    work: impl Future<Output = Result<T, AgentError>>,
 ) -> ttrpc::Result<T> {
     let result = AssertUnwindSafe(work).catch_unwind().await;
-    let result = result.unwrap_or_else(|_| Err(Error::Internal(format!("{request} panicked"))));
+    let result =
+        result.unwrap_or_else(|_| Err(AgentError::Internal(format!("{request} panicked"))));
     result.map_err(|e| {
-        if matches!(e, Error::Io { .. } | Error::Runtime(_) | Error::Internal(_)) {
+        if matches!(
+            e,
+            AgentError::Io { .. } | AgentError::Runtime(_) | AgentError::Internal(_)
+        ) {
             error!("{request}: {e}");
         }
         e.into()
@@ -65,7 +69,7 @@ impl AgentService for Service {
     ) -> ttrpc::Result<()> {
         let theirs = request.protocol_version;
         if theirs != PROTOCOL_VERSION {
-            return Err(Error::State {
+            return Err(AgentError::State {
                 what: format!("protocol_version {theirs} (the agent has {PROTOCOL_VERSION})"),
                 is: "another",
                 needs: "the same: rebuild the guest image",
@@ -227,7 +231,7 @@ impl AgentService for Service {
 }
 
 impl Service {
-    async fn set_paused(&self, request: &ContainerRef, paused: bool) -> Result<Empty, Error> {
+    async fn set_paused(&self, request: &ContainerRef, paused: bool) -> Result<Empty, AgentError> {
         check_id("container_id", &request.container_id)?;
         self.agent.set_paused(&request.container_id, paused).await?;
         Ok(Empty::default())

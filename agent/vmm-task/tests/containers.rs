@@ -338,7 +338,7 @@ async fn signals() {
         bed.signal(&id, "", signal, true).await.unwrap();
         let mut codes = Vec::new();
         for _ in 0..2 {
-            let event = soon(bed.events.recv()).await.unwrap();
+            let event = soon(bed.events.recv()).await.unwrap().unwrap();
             if let Some(event::Kind::Exit(exit)) = event.kind {
                 codes.push((exit.process.exec_id.clone(), exit.status.code));
             }
@@ -448,7 +448,8 @@ async fn two_containers_at_once() {
     drop(ends);
     let mut codes = Vec::new();
     for _ in 0..2 {
-        if let Some(event::Kind::Exit(exit)) = soon(bed.events.recv()).await.unwrap().kind {
+        if let Some(event::Kind::Exit(exit)) = soon(bed.events.recv()).await.unwrap().unwrap().kind
+        {
             codes.push((exit.process.container_id.clone(), exit.status.code));
         }
     }
@@ -506,7 +507,7 @@ async fn nothing_stays_behind() {
     bed.start_process(&id, "e").await.unwrap();
     bed.signal(&id, "", 9, true).await.unwrap();
     for _ in 0..2 {
-        soon(bed.events.recv()).await.unwrap();
+        soon(bed.events.recv()).await.unwrap().unwrap();
     }
     bed.delete(&id, "").await.unwrap();
     settle(&bed, &before, "with an exec").await;

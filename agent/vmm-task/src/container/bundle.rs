@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use agent_api::rpc::Mount;
 use tracing::warn;
 
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::mounts;
 
 /// The folder below which everything of the containers lives, on tmpfs.
@@ -24,9 +24,9 @@ pub struct Bundle {
 
 impl Bundle {
     /// Makes the folder.
-    pub fn create(container: &str) -> Result<Self, Error> {
+    pub fn create(container: &str) -> Result<Self, AgentError> {
         let dir = Path::new(DIR).join(container);
-        fs::create_dir(&dir).map_err(Error::io(dir.display().to_string()))?;
+        fs::create_dir(&dir).map_err(AgentError::io(dir.display().to_string()))?;
         Ok(Self {
             dir,
             mounts: Vec::new(),
@@ -44,7 +44,7 @@ impl Bundle {
     }
 
     /// Mounts what the container needs before it exists.
-    pub fn mount(&mut self, wanted: &[Mount]) -> Result<(), Error> {
+    pub fn mount(&mut self, wanted: &[Mount]) -> Result<(), AgentError> {
         for mount in wanted {
             mounts::mount(mount)?;
             self.mounts.push(PathBuf::from(&mount.target));
@@ -53,15 +53,19 @@ impl Bundle {
     }
 
     /// Writes the spec.
-    pub fn write_spec(&self, spec: &impl serde::Serialize) -> Result<(), Error> {
+    pub fn write_spec(&self, spec: &impl serde::Serialize) -> Result<(), AgentError> {
         self.write(CONFIG, spec).map(|_| ())
     }
 
     /// Writes a file of JSON.
-    pub fn write(&self, name: &str, content: &impl serde::Serialize) -> Result<PathBuf, Error> {
+    pub fn write(
+        &self,
+        name: &str,
+        content: &impl serde::Serialize,
+    ) -> Result<PathBuf, AgentError> {
         let path = self.dir.join(name);
-        let json = serde_json::to_vec(content).map_err(|e| Error::Internal(e.to_string()))?;
-        fs::write(&path, json).map_err(Error::io(path.display().to_string()))?;
+        let json = serde_json::to_vec(content).map_err(|e| AgentError::Internal(e.to_string()))?;
+        fs::write(&path, json).map_err(AgentError::io(path.display().to_string()))?;
         Ok(path)
     }
 }

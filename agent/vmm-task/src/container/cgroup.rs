@@ -19,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::sys;
 
 /// Where the hierarchy is mounted.
@@ -44,10 +44,10 @@ pub struct Cgroup {
 
 impl Cgroup {
     /// Makes the cgroup of a new container.
-    pub fn create(container: &str) -> Result<Self, Error> {
+    pub fn create(container: &str) -> Result<Self, AgentError> {
         let below = path_of(container);
         let dir = Path::new(ROOT).join(below.strip_prefix("/").unwrap_or(&below));
-        fs::create_dir(&dir).map_err(Error::io(format!("cgroup {}", dir.display())))?;
+        fs::create_dir(&dir).map_err(AgentError::io(format!("cgroup {}", dir.display())))?;
         let oom = OomCount::open(&dir).map(Arc::new);
         Ok(Self {
             container: container.to_owned(),
@@ -62,20 +62,20 @@ impl Cgroup {
         self.oom.clone()
     }
 
-    fn write(&self, file: &str, text: &str) -> Result<(), Error> {
+    fn write(&self, file: &str, text: &str) -> Result<(), AgentError> {
         let path = self.dir.join(file);
-        fs::write(&path, text).map_err(Error::io(format!("writing {}", path.display())))
+        fs::write(&path, text).map_err(AgentError::io(format!("writing {}", path.display())))
     }
 
     /// Pids of everything inside.
-    pub fn pids(&self) -> Result<Vec<u32>, Error> {
+    pub fn pids(&self) -> Result<Vec<u32>, AgentError> {
         let path = self.dir.join("cgroup.procs");
-        let text = fs::read_to_string(&path).map_err(Error::io(path.display().to_string()))?;
+        let text = fs::read_to_string(&path).map_err(AgentError::io(path.display().to_string()))?;
         Ok(text.lines().filter_map(|l| l.parse().ok()).collect())
     }
 
     /// Kills everything inside.
-    pub fn kill(&self) -> Result<(), Error> {
+    pub fn kill(&self) -> Result<(), AgentError> {
         self.write("cgroup.kill", "1")
     }
 
@@ -84,14 +84,14 @@ impl Cgroup {
     pub fn freeze(
         &self,
         frozen: bool,
-    ) -> Result<impl Future<Output = Result<(), Error>> + Send + use<>, Error> {
+    ) -> Result<impl Future<Output = Result<(), AgentError>> + Send + use<>, AgentError> {
         let events = Events::open(&self.dir)?;
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
         Ok(events.wait("frozen", u64::from(frozen)))
     }
 
     /// Kills what is left inside, waits for it and removes the cgroup.
-    pub async fn remove(&mut self) -> Result<(), Error> {
+    pub async fn remove(&mut self) -> Result<(), AgentError> {
         match fs::remove_dir(&self.dir) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             other => return self.removed(other),
@@ -103,11 +103,12 @@ impl Cgroup {
         self.removed(again)
     }
 
-    fn removed(&mut self, result: io::Result<()>) -> Result<(), Error> {
+    fn removed(&mut self, result: io::Result<()>) -> Result<(), AgentError> {
         match result {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io(format!("removing cgroup {}", self.dir.display()))(e))
-            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(AgentError::io(format!(
+                "removing cgroup {}",
+                self.dir.display()
+            ))(e)),
             _ => {
                 self.removed = true;
                 Ok(())
@@ -116,7 +117,7 @@ impl Cgroup {
     }
 
     /// Sets new limits.
-    pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), AgentError> {
         let options = ControllerOpt {
             resources,
             freezer_state: None,
@@ -124,16 +125,16 @@ impl Cgroup {
             disable_oom_killer: false,
         };
         let applied = self.manager()?.apply(&options);
-        applied.map_err(|e| Error::Runtime(format!("limits of {}: {e}", self.container)))
+        applied.map_err(|e| AgentError::Runtime(format!("limits of {}: {e}", self.container)))
     }
 
-    fn manager(&self) -> Result<AnyCgroupManager, Error> {
+    fn manager(&self) -> Result<AnyCgroupManager, AgentError> {
         let config = CgroupConfig {
             cgroup_path: path_of(&self.container),
             systemd_cgroup: false,
             container_name: self.container.clone(),
         };
-        create_cgroup_manager(config).map_err(|e| Error::Runtime(e.to_string()))
+        create_cgroup_manager(config).map_err(|e| AgentError::Runtime(e.to_string()))
     }
 
     /// Usage and limits; figures of controllers that are not there stay 0.
@@ -206,15 +207,15 @@ struct Events {
 }
 
 impl Events {
-    fn open(dir: &Path) -> Result<Self, Error> {
+    fn open(dir: &Path) -> Result<Self, AgentError> {
         let path = dir.join("cgroup.events");
         let file = fs::File::open(&path)
             .and_then(|f| sys::polled(f, Interest::PRIORITY))
-            .map_err(Error::io(path.display().to_string()))?;
+            .map_err(AgentError::io(path.display().to_string()))?;
         Ok(Self { file })
     }
 
-    async fn wait(self, key: &str, value: u64) -> Result<(), Error> {
+    async fn wait(self, key: &str, value: u64) -> Result<(), AgentError> {
         let changed = async {
             loop {
                 let text = read_at_start(self.file.get_ref())?;
@@ -225,8 +226,8 @@ impl Events {
             }
         };
         match timeout(SETTLE_DEADLINE, changed).await {
-            Ok(result) => result.map_err(Error::io("cgroup.events")),
-            Err(_) => Err(Error::Deadline("the cgroup")),
+            Ok(result) => result.map_err(AgentError::io("cgroup.events")),
+            Err(_) => Err(AgentError::Deadline("the cgroup")),
         }
     }
 }

@@ -19,7 +19,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
 use super::privileges::Privileges;
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::fd::Fd;
 use crate::sys;
 
@@ -29,28 +29,28 @@ pub struct ExecReport(Fd);
 
 impl ExecReport {
     /// Waits until the program runs or has failed to.
-    pub async fn wait(mut self, command: &str) -> Result<(), Error> {
+    pub async fn wait(mut self, command: &str) -> Result<(), AgentError> {
         let mut errno = [0; 4];
         let n = self.0.read(&mut errno).await.unwrap_or(0);
         verdict(errno.get(..n).unwrap_or_default(), command)
     }
 
     /// The failure, if one has been reported already.
-    pub fn failure(&self, command: &str) -> Result<(), Error> {
+    pub fn failure(&self, command: &str) -> Result<(), AgentError> {
         let mut errno = [0; 4];
         let n = self.0.try_read(&mut errno).ok().flatten().unwrap_or(0);
         verdict(errno.get(..n).unwrap_or_default(), command)
     }
 }
 
-fn verdict(report: &[u8], command: &str) -> Result<(), Error> {
+fn verdict(report: &[u8], command: &str) -> Result<(), AgentError> {
     let Ok(errno) = report.try_into().map(i32::from_ne_bytes) else {
         return Ok(());
     };
     let command = command.to_owned();
     Err(match Errno::from_raw(errno) {
-        Errno::ENOENT | Errno::ENOTDIR => Error::CommandNotFound(command),
-        e => Error::NotExecutable(command, e.into()),
+        Errno::ENOENT | Errno::ENOTDIR => AgentError::CommandNotFound(command),
+        e => AgentError::NotExecutable(command, e.into()),
     })
 }
 
@@ -66,16 +66,16 @@ pub struct GuestExecutor {
 
 impl GuestExecutor {
     /// An executor and where it reports to.
-    pub fn new(find_home: bool, privileges: Privileges) -> Result<(Self, ExecReport), Error> {
+    pub fn new(find_home: bool, privileges: Privileges) -> Result<(Self, ExecReport), AgentError> {
         let pipe = pipe2(OFlag::O_CLOEXEC);
-        let (read, write) = pipe.map_err(|e| Error::io("pipe2")(e.into()))?;
+        let (read, write) = pipe.map_err(|e| AgentError::io("pipe2")(e.into()))?;
         let executor = Self {
             report: Rc::new(write),
             find_home,
             privileges,
             env: RefCell::default(),
         };
-        let read = Fd::from_blocking(read).map_err(Error::io("O_NONBLOCK"))?;
+        let read = Fd::from_blocking(read).map_err(AgentError::io("O_NONBLOCK"))?;
         Ok((executor, ExecReport(read)))
     }
 }
@@ -179,10 +179,10 @@ fn exec_in_path(args: &[String], env: &[String]) -> Errno {
 }
 
 /// What a shell would answer for a program that could not be started.
-pub fn shell_code(e: &Error) -> u32 {
+pub fn shell_code(e: &AgentError) -> u32 {
     match e {
-        Error::CommandNotFound(_) => 127,
-        Error::NotExecutable(..) => 126,
+        AgentError::CommandNotFound(_) => 127,
+        AgentError::NotExecutable(..) => 126,
         _ => 255,
     }
 }

@@ -21,7 +21,7 @@ use self::executor::GuestExecutor;
 use self::privileges::Privileges;
 use self::process::Process;
 use self::seccomp::Filters;
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::stdio::{self, AgentEnds, ConsoleSocket, ProcessName, Pumps};
 use crate::streams::Streams;
 
@@ -68,7 +68,7 @@ pub struct Remains {
 
 impl Remains {
     /// Ends what is left of the container and removes its traces.
-    pub async fn remove(&mut self) -> Result<(), Error> {
+    pub async fn remove(&mut self) -> Result<(), AgentError> {
         self.cgroup.remove().await
     }
 }
@@ -79,7 +79,7 @@ impl Container {
         request: &CreateContainerRequest,
         env: &BTreeMap<String, String>,
         streams: &Streams,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, AgentError> {
         let id = &request.container_id;
         let wanted = request.stdio.get_or_default();
         let path = cgroup::path_of(id);
@@ -121,7 +121,7 @@ impl Container {
     }
 
     /// Lets the init process execute its program.
-    pub fn start(&mut self) -> Result<(), Error> {
+    pub fn start(&mut self) -> Result<(), AgentError> {
         runtime::start(&mut self.runtime)
     }
 
@@ -130,7 +130,7 @@ impl Container {
         &mut self,
         request: &CreateExecRequest,
         env: &BTreeMap<String, String>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), AgentError> {
         let id = &request.exec_id;
         let stdio = request.stdio.get_or_default().clone();
         let (process, find_home, privileges) =
@@ -143,7 +143,7 @@ impl Container {
             exec: id.clone(),
         };
         if self.execs.contains_key(id) {
-            return Err(Error::Exists(format!("exec {name}")));
+            return Err(AgentError::Exists(format!("exec {name}")));
         }
         let exec = Process::created(name, command(Some(&process)), None);
         self.execs.insert(id.clone(), exec);
@@ -158,19 +158,19 @@ impl Container {
     }
 
     /// Runs an added process; returns its pid once its program executes.
-    pub fn start_exec(&mut self, exec_id: &str, streams: &Streams) -> Result<i32, Error> {
+    pub fn start_exec(&mut self, exec_id: &str, streams: &Streams) -> Result<i32, AgentError> {
         let id = self.init.name().container.clone();
         if !self.init.is_running() {
             return Err(self.init.wrong_state("running"));
         }
         if self.paused {
-            return Err(Error::State {
+            return Err(AgentError::State {
                 what: format!("container {id}"),
                 is: "paused",
                 needs: "running",
             });
         }
-        let missing = || Error::NoExec(id.clone(), exec_id.to_owned());
+        let missing = || AgentError::NoExec(id.clone(), exec_id.to_owned());
         let exec = self.execs.get_mut(exec_id).ok_or_else(missing)?;
         let Some(plan) = self.plans.remove(exec_id) else {
             return Err(exec.wrong_state("created"));
@@ -178,7 +178,7 @@ impl Container {
         let remains = self
             .remains
             .as_ref()
-            .ok_or_else(|| Error::NoContainer(id.clone()))?;
+            .ok_or_else(|| AgentError::NoContainer(id.clone()))?;
         let bundle = &remains.bundle;
         let (ends, kept) = stdio::open(&plan.stdio, bundle.path())?;
         let (executor, report) = GuestExecutor::new(plan.find_home, plan.privileges)?;
@@ -202,26 +202,26 @@ impl Container {
     }
 
     /// A process by exec id; empty is the init process.
-    pub fn process(&mut self, exec_id: &str) -> Result<&mut Process, Error> {
+    pub fn process(&mut self, exec_id: &str) -> Result<&mut Process, AgentError> {
         if exec_id.is_empty() {
             return Ok(&mut self.init);
         }
         let container = &self.init.name().container;
         self.execs
             .get_mut(exec_id)
-            .ok_or_else(|| Error::NoExec(container.clone(), exec_id.to_owned()))
+            .ok_or_else(|| AgentError::NoExec(container.clone(), exec_id.to_owned()))
     }
 
     /// Its cgroup.
-    pub fn cgroup(&self) -> Result<&Cgroup, Error> {
+    pub fn cgroup(&self) -> Result<&Cgroup, AgentError> {
         let remains = self.remains.as_ref();
         remains
             .map(|r| &r.cgroup)
-            .ok_or_else(|| Error::NoContainer(self.init.name().container.clone()))
+            .ok_or_else(|| AgentError::NoContainer(self.init.name().container.clone()))
     }
 
     /// Runs the hooks that follow its end.
-    pub fn run_poststop(&self) -> Result<(), Error> {
+    pub fn run_poststop(&self) -> Result<(), AgentError> {
         match &self.spec {
             Some(spec) => runtime::run_poststop(&self.runtime, spec),
             None => Ok(()),
@@ -234,11 +234,11 @@ fn attach(
     console: Option<ConsoleSocket>,
     files: AgentEnds,
     wanted: &Stdio,
-) -> Result<AgentEnds, Error> {
+) -> Result<AgentEnds, AgentError> {
     match console {
         Some(socket) => socket
             .receive(wanted)
-            .map_err(Error::io("receiving the terminal")),
+            .map_err(AgentError::io("receiving the terminal")),
         None => Ok(files),
     }
 }

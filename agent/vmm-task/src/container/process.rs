@@ -3,7 +3,7 @@
 use agent_api::rpc::ExitStatus;
 
 use super::executor::ExecReport;
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::stdio::{ProcessName, Pumps};
 
 /// How and when a process ended.
@@ -89,8 +89,8 @@ impl Process {
     }
 
     /// The error for a request that needs another state.
-    pub fn wrong_state(&self, needs: &'static str) -> Error {
-        Error::State {
+    pub fn wrong_state(&self, needs: &'static str) -> AgentError {
+        AgentError::State {
             what: format!("process {}", self.name),
             is: self.state(),
             needs,
@@ -125,7 +125,7 @@ impl Process {
     }
 
     /// Created to starting.
-    pub fn starting(&mut self) -> Result<i32, Error> {
+    pub fn starting(&mut self) -> Result<i32, AgentError> {
         match self.phase {
             Phase::Created { pid: Some(pid) } => {
                 self.phase = Phase::Starting { pid, ended: None };
@@ -224,7 +224,7 @@ mod tests {
     fn killed_before_it_started() {
         let mut p = process(Some(9));
         assert!(p.ended(EXIT));
-        assert!(p.starting().is_err());
+        p.starting().unwrap_err();
     }
 
     #[test]

@@ -12,15 +12,18 @@ use libcontainer::syscall::syscall::SyscallType;
 
 use super::bundle::Bundle;
 use super::executor::GuestExecutor;
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::stdio::ProcessEnds;
 
 /// Runs `call`; neither an error nor a panic of the library gets past it.
-fn guarded<T>(what: &str, call: impl FnOnce() -> Result<T, LibcontainerError>) -> Result<T, Error> {
+fn guarded<T>(
+    what: &str,
+    call: impl FnOnce() -> Result<T, LibcontainerError>,
+) -> Result<T, AgentError> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(Error::Runtime(format!("{what}: {}", chain(&e)))),
-        Err(_) => Err(Error::Runtime(format!("{what}: the runtime panicked"))),
+        Ok(Err(e)) => Err(AgentError::Runtime(format!("{what}: {}", chain(&e)))),
+        Err(_) => Err(AgentError::Runtime(format!("{what}: the runtime panicked"))),
     }
 }
 
@@ -73,19 +76,19 @@ pub fn create(
     bundle: &Bundle,
     executor: GuestExecutor,
     ends: ProcessEnds,
-) -> Result<(Container, i32, Option<crate::stdio::ConsoleSocket>), Error> {
+) -> Result<(Container, i32, Option<crate::stdio::ConsoleSocket>), AgentError> {
     let (container, console) = guarded("creating the container", || {
         let (builder, console) = builder(id, bundle, executor, ends)?;
         let container = builder.as_init(bundle.path()).with_systemd(false).build()?;
         Ok((container, console))
     })?;
     let pid = container.pid().map(|p| p.as_raw()).filter(|p| *p > 0);
-    let pid = pid.ok_or_else(|| Error::Runtime("the container has no pid".to_owned()))?;
+    let pid = pid.ok_or_else(|| AgentError::Runtime("the container has no pid".to_owned()))?;
     Ok((container, pid, console))
 }
 
 /// Lets a created container execute its program.
-pub fn start(container: &mut Container) -> Result<(), Error> {
+pub fn start(container: &mut Container) -> Result<(), AgentError> {
     guarded("starting the container", || container.start())
 }
 
@@ -96,7 +99,7 @@ pub fn exec(
     process: &Path,
     executor: GuestExecutor,
     ends: ProcessEnds,
-) -> Result<(i32, Option<crate::stdio::ConsoleSocket>), Error> {
+) -> Result<(i32, Option<crate::stdio::ConsoleSocket>), AgentError> {
     guarded("executing in the container", || {
         let (builder, console) = builder(id, bundle, executor, ends)?;
         let tenant = builder
@@ -108,7 +111,7 @@ pub fn exec(
 }
 
 /// Runs the hooks that follow a container's end. Failures do not stop its removal.
-pub fn run_poststop(container: &Container, spec: &Spec) -> Result<(), Error> {
+pub fn run_poststop(container: &Container, spec: &Spec) -> Result<(), AgentError> {
     let Some(hooks) = spec.hooks() else {
         return Ok(());
     };

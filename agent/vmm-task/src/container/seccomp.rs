@@ -18,7 +18,7 @@ use seccompiler::{
 };
 use syscalls::Sysno;
 
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::sys;
 
 /// Filters ready to install.
@@ -33,7 +33,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 impl Filters {
     /// Compiles a profile.
-    pub fn compile(profile: &LinuxSeccomp) -> Result<Self, Error> {
+    pub fn compile(profile: &LinuxSeccomp) -> Result<Self, AgentError> {
         check_architecture(profile)?;
         let default = action(profile.default_action(), profile.default_errno_ret())?;
         let mut named = Rules::new();
@@ -78,8 +78,8 @@ impl Filters {
     }
 }
 
-fn invalid(what: &str, why: impl ToString) -> Error {
-    Error::invalid(format!("linux.seccomp.{what}"), why)
+fn invalid(what: &str, why: impl ToString) -> AgentError {
+    AgentError::invalid(format!("linux.seccomp.{what}"), why)
 }
 
 const fn native() -> (TargetArch, Arch) {
@@ -91,7 +91,7 @@ const fn native() -> (TargetArch, Arch) {
 }
 
 /// System calls of other architectures end the program, whether listed or not.
-fn check_architecture(profile: &LinuxSeccomp) -> Result<(), Error> {
+fn check_architecture(profile: &LinuxSeccomp) -> Result<(), AgentError> {
     let ours = [native().1, Arch::ScmpArchNative];
     match profile.architectures().as_deref() {
         None | Some([]) => Ok(()),
@@ -103,7 +103,7 @@ fn check_architecture(profile: &LinuxSeccomp) -> Result<(), Error> {
     }
 }
 
-fn flags(profile: &LinuxSeccomp) -> Result<libc::c_ulong, Error> {
+fn flags(profile: &LinuxSeccomp) -> Result<libc::c_ulong, AgentError> {
     profile.flags().iter().flatten().try_fold(0, |all, flag| {
         Ok(all
             | match flag {
@@ -120,7 +120,7 @@ fn flags(profile: &LinuxSeccomp) -> Result<libc::c_ulong, Error> {
     })
 }
 
-fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<SeccompAction, Error> {
+fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<SeccompAction, AgentError> {
     let errno = errno.unwrap_or(libc::EPERM.unsigned_abs());
     Ok(match action {
         LinuxSeccompAction::ScmpActAllow => SeccompAction::Allow,
@@ -143,7 +143,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<SeccompActio
 
 /// Adds an entry of the profile. Names this kernel does not have are left out: profiles list
 /// the system calls of every architecture and version.
-fn add(rules: &mut Rules, entry: &LinuxSyscall) -> Result<(), Error> {
+fn add(rules: &mut Rules, entry: &LinuxSyscall) -> Result<(), AgentError> {
     let conditions = conditions(entry.args().as_deref().unwrap_or_default())?;
     for name in entry.names() {
         let Ok(number) = Sysno::from_str(name) else {
@@ -162,7 +162,7 @@ fn add(rules: &mut Rules, entry: &LinuxSyscall) -> Result<(), Error> {
 
 /// All arguments have to match, but conditions on the same argument are alternatives, as
 /// libseccomp has it.
-fn conditions(args: &[LinuxSeccompArg]) -> Result<Vec<SeccompRule>, Error> {
+fn conditions(args: &[LinuxSeccompArg]) -> Result<Vec<SeccompRule>, AgentError> {
     let all = args.iter().map(condition).collect::<Result<Vec<_>, _>>()?;
     let repeated = args.iter().enumerate().any(|(i, a)| {
         args.iter()
@@ -179,7 +179,7 @@ fn conditions(args: &[LinuxSeccompArg]) -> Result<Vec<SeccompRule>, Error> {
     }
 }
 
-fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, Error> {
+fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, AgentError> {
     let index = u8::try_from(arg.index()).map_err(|e| invalid("syscalls.args.index", e))?;
     let (op, value) = match arg.op() {
         LinuxSeccompOperator::ScmpCmpNe => (SeccompCmpOp::Ne, arg.value()),
@@ -201,7 +201,7 @@ fn program(
     rules: Rules,
     other: SeccompAction,
     matched: SeccompAction,
-) -> Result<BpfProgram, Error> {
+) -> Result<BpfProgram, AgentError> {
     SeccompFilter::new(rules, other, matched, native().0)
         .and_then(BpfProgram::try_from)
         .map_err(|e| invalid("syscalls", e))
@@ -211,7 +211,7 @@ fn program(
 mod tests {
     use super::*;
 
-    fn compile(json: &str) -> Result<Filters, Error> {
+    fn compile(json: &str) -> Result<Filters, AgentError> {
         Filters::compile(&serde_json::from_str(json).unwrap())
     }
 

@@ -7,7 +7,7 @@ use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
 use super::privileges::Privileges;
 use super::seccomp::Filters;
-use crate::error::Error;
+use crate::error::AgentError;
 
 /// Used when the spec has no `PATH`.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -35,20 +35,20 @@ pub fn prepare(
     cgroup: PathBuf,
     terminal: bool,
     env: &BTreeMap<String, String>,
-) -> Result<Prepared, Error> {
+) -> Result<Prepared, AgentError> {
     let mut spec: Spec = parse("spec_json", json)?;
     let root = spec
         .root()
         .as_ref()
-        .ok_or_else(|| Error::invalid("root", "is missing"))?;
+        .ok_or_else(|| AgentError::invalid("root", "is missing"))?;
     if !root.path().is_absolute() {
         let why = format!("{} must be an absolute path", root.path().display());
-        return Err(Error::invalid("root.path", why));
+        return Err(AgentError::invalid("root.path", why));
     }
     let process = spec
         .process_mut()
         .as_mut()
-        .ok_or_else(|| Error::invalid("process", "is missing"))?;
+        .ok_or_else(|| AgentError::invalid("process", "is missing"))?;
     let find_home = prepare_process(process, terminal, env)?;
     // Left to the runtime, the last container's value would stay the agent's.
     if process.oom_score_adj().is_none() {
@@ -57,7 +57,7 @@ pub fn prepare(
     let linux = spec
         .linux_mut()
         .as_mut()
-        .ok_or_else(|| Error::invalid("linux", "is missing"))?;
+        .ok_or_else(|| AgentError::invalid("linux", "is missing"))?;
     linux.set_cgroups_path(Some(cgroup));
     let filters = linux
         .seccomp()
@@ -74,7 +74,7 @@ pub fn prepare(
             && !path.exists()
         {
             let why = format!("{} does not exist in the guest", path.display());
-            return Err(Error::invalid(
+            return Err(AgentError::invalid(
                 format!("linux.namespaces[{}].path", namespace.typ()),
                 why,
             ));
@@ -84,7 +84,7 @@ pub fn prepare(
         .iter()
         .any(|n| n.typ() == LinuxNamespaceType::Mount)
     {
-        return Err(Error::invalid(
+        return Err(AgentError::invalid(
             "linux.namespaces",
             "a mount namespace is needed",
         ));
@@ -107,15 +107,18 @@ pub fn prepare_exec(
     terminal: bool,
     env: &BTreeMap<String, String>,
     filters: &Filters,
-) -> Result<(Process, bool, Privileges), Error> {
+) -> Result<(Process, bool, Privileges), AgentError> {
     let mut process: Process = parse("process_json", json)?;
     let find_home = prepare_process(&mut process, terminal, env)?;
     let privileges = Privileges::take(&mut process, filters.clone());
     Ok((process, find_home, privileges))
 }
 
-fn parse<T: serde::de::DeserializeOwned>(field: &'static str, json: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(json).map_err(|e| Error::invalid(field, e))
+fn parse<T: serde::de::DeserializeOwned>(
+    field: &'static str,
+    json: &[u8],
+) -> Result<T, AgentError> {
+    serde_json::from_slice(json).map_err(|e| AgentError::invalid(field, e))
 }
 
 /// Sets the terminal flag, and the variables the process does not set itself: `PATH`, those
@@ -124,13 +127,13 @@ fn prepare_process(
     process: &mut Process,
     terminal: bool,
     pod: &BTreeMap<String, String>,
-) -> Result<bool, Error> {
+) -> Result<bool, AgentError> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
-        return Err(Error::invalid("process.args", "is empty"));
+        return Err(AgentError::invalid("process.args", "is empty"));
     }
     if !process.cwd().is_absolute() {
         let why = format!("{:?} must be an absolute path", process.cwd());
-        return Err(Error::invalid("process.cwd", why));
+        return Err(AgentError::invalid("process.cwd", why));
     }
     process.set_terminal(Some(terminal));
     let env = process.env_mut().get_or_insert_default();
@@ -168,7 +171,7 @@ mod tests {
         .into_bytes()
     }
 
-    fn run(json: &[u8]) -> Result<Prepared, Error> {
+    fn run(json: &[u8]) -> Result<Prepared, AgentError> {
         let env = BTreeMap::from([
             ("A".to_owned(), "pod".to_owned()),
             ("B".to_owned(), "pod".to_owned()),
@@ -224,7 +227,7 @@ mod tests {
     #[test]
     fn an_exec_is_checked_too() {
         let env = BTreeMap::new();
-        assert!(prepare_exec(b"{}", false, &env, &Filters::default()).is_err());
+        prepare_exec(b"{}", false, &env, &Filters::default()).unwrap_err();
         let ok = br#"{"cwd":"/","user":{"uid":1,"gid":2},"args":["id"]}"#;
         let (p, find_home, _) = prepare_exec(ok, true, &env, &Filters::default()).unwrap();
         assert_eq!(p.terminal(), Some(true));

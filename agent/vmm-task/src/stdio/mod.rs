@@ -13,7 +13,7 @@ use nix::unistd::pipe2;
 
 pub use self::console::ConsoleSocket;
 pub use self::pump::{ProcessName, Pumps};
-use crate::error::Error;
+use crate::error::AgentError;
 use crate::fd::Fd;
 
 /// What the process gets.
@@ -47,20 +47,20 @@ pub struct AgentEnds {
 ///
 /// The agent's ends of a terminal exist only once the process does: see
 /// [`ConsoleSocket::receive`].
-pub fn open(wanted: &Stdio, dir: &Path) -> Result<(ProcessEnds, AgentEnds), Error> {
+pub fn open(wanted: &Stdio, dir: &Path) -> Result<(ProcessEnds, AgentEnds), AgentError> {
     if wanted.terminal {
-        let socket = ConsoleSocket::bind(dir).map_err(Error::io("console socket"))?;
+        let socket = ConsoleSocket::bind(dir).map_err(AgentError::io("console socket"))?;
         return Ok((ProcessEnds::Terminal(socket), AgentEnds::default()));
     }
-    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|e| Error::io("pipe2")(e.into()));
+    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|e| AgentError::io("pipe2")(e.into()));
     let null = || {
         let file = OpenOptions::new().read(true).write(true).open("/dev/null");
-        file.map(OwnedFd::from).map_err(Error::io("/dev/null"))
+        file.map(OwnedFd::from).map_err(AgentError::io("/dev/null"))
     };
     let ours = |fd| {
         Fd::from_blocking(fd)
             .map(Some)
-            .map_err(Error::io("O_NONBLOCK"))
+            .map_err(AgentError::io("O_NONBLOCK"))
     };
     let mut agent = AgentEnds::default();
     let stdin = if wanted.stdin {

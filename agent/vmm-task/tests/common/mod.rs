@@ -1,5 +1,6 @@
 //! Runs the real agent as root in namespaces of its own, and plays the host.
-#![allow(dead_code, missing_docs, clippy::missing_panics_doc)]
+#![allow(dead_code, missing_debug_implementations, missing_docs)]
+#![allow(clippy::expect_used, clippy::needless_pass_by_value, clippy::panic, clippy::unwrap_used)]
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -232,7 +233,7 @@ impl Bed {
     /// The next exit, which must be of this process.
     pub async fn exit_of(&mut self, id: &str, exec: &str) -> ExitStatus {
         loop {
-            let event = soon(self.events.recv()).await.unwrap();
+            let event = soon(self.events.recv()).await.unwrap().unwrap();
             if let Some(event::Kind::Exit(exit)) = event.kind {
                 assert_eq!(
                     (
@@ -271,7 +272,7 @@ async fn meet(listener: &UnixListener) -> (AgentClient, ClientStreamReceiver<Eve
         ..Default::default()
     };
     let mut events = agent.events(Context::default(), &request).await.unwrap();
-    let Some(event::Kind::Ready(ready)) = soon(events.recv()).await.unwrap().kind else {
+    let Some(event::Kind::Ready(ready)) = soon(events.recv()).await.unwrap().unwrap().kind else {
         panic!("the first event must be Ready");
     };
     (agent, events, ready)
