@@ -1,19 +1,26 @@
 //! The daemon a command talks to: the running one, or one inside this process.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::FlockOperation;
+
 use super::client::Controller;
-use super::error::{CliError, Result, chain};
+use super::error::{CliError, Doing, Result, chain};
 use super::output::Steps;
 use super::store::{private_dir, state_root};
 use crate::config::Config;
+use crate::pod::record;
+use crate::pod::storage::remove_tree;
 use crate::server::{RunningServer, Server, ServerOptions};
 
 /// Folder, below the CLI's own, that holds the daemons inside CLI processes.
 const EMBEDDED: &str = "embedded";
 const SOCKET: &str = "sandboxer.sock";
 const STATE: &str = "state";
+/// Lock file in a daemon's state folder.
+const LOCK: &str = "daemon.lock";
 /// Ending the only pod of an embedded daemon, on the slowest hosts.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -28,14 +35,38 @@ pub(super) struct Daemon {
 #[derive(Debug)]
 struct Embedded {
     server: RunningServer,
-    _dir: tempfile::TempDir,
+    // Dropped after the server.
+    _folder: Folder,
+}
+
+/// The folder of an embedded daemon. Should a mount remain in it, it stays, so that nothing
+/// of a user's is ever deleted through a mount.
+#[derive(Debug)]
+struct Folder(PathBuf);
+
+impl Folder {
+    fn create(parent: &Path) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("d").tempdir_in(parent);
+        let dir = dir.doing(|| format!("create a folder in {}", parent.display()))?;
+        Ok(Self(dir.keep()))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Err(e) = remove_tree(&self.0) {
+            tracing::error!("cannot remove {}: {e}", self.0.display());
+        }
+    }
 }
 
 impl Daemon {
-    /// Connects to the daemon at `address`, or starts one inside this process.
+    /// Connects to the daemon at `address`, or starts one inside this process, unless the
+    /// pod is to outlive this process.
     pub(super) async fn reach(
         address: &Path,
         config: Option<&Path>,
+        detach: bool,
         steps: &Steps,
     ) -> Result<Self> {
         if let Some(controller) = Controller::connect(address).await? {
@@ -43,6 +74,13 @@ impl Daemon {
                 controller,
                 embedded: None,
             });
+        }
+        if detach {
+            return Err(CliError::new(format!(
+                "--detach needs a running daemon, and none listens on {}",
+                address.display()
+            ))
+            .next("start one with `vmm-sandboxer`, or leave --detach out"));
         }
         steps.step(&format!(
             "nothing listens on {}: starting a daemon in this process",
@@ -59,11 +97,6 @@ impl Daemon {
         })
     }
 
-    /// Whether the daemon ends with this process.
-    pub(super) fn is_embedded(&self) -> bool {
-        self.embedded.is_some()
-    }
-
     /// Ends an embedded daemon with everything it holds.
     pub(super) async fn end(self) {
         drop(self.controller);
@@ -78,18 +111,11 @@ impl Embedded {
         let config = Config::load(config).map_err(|e| CliError::new(chain(&e)))?;
         let parent = embedded_root();
         private_dir(&parent)?;
-        let dir = tempfile::Builder::new()
-            .prefix("d")
-            .tempdir_in(&parent)
-            .map_err(|e| {
-                CliError::caused(
-                    format!("cannot create a folder in {}", parent.display()),
-                    &e,
-                )
-            })?;
+        collect_garbage(parent.clone()).await;
+        let folder = Folder::create(&parent)?;
         let server = Server::start(ServerOptions {
-            listen: dir.path().join(SOCKET),
-            dir: dir.path().join(STATE),
+            listen: folder.0.join(SOCKET),
+            dir: folder.0.join(STATE),
             config,
             backend: None,
         })
@@ -97,12 +123,38 @@ impl Embedded {
         .map_err(|e| {
             CliError::new(chain(&e)).next("`kuasar-ctl check` says what this host lacks")
         })?;
-        Ok(Self { server, _dir: dir })
+        Ok(Self {
+            server,
+            _folder: folder,
+        })
     }
 
     async fn end(self) {
-        self.server.shutdown(SHUTDOWN_LIMIT).await;
+        let Self { server, _folder } = self;
+        server.shutdown(SHUTDOWN_LIMIT).await;
     }
+}
+
+/// Cleans up after CLI processes that were killed with a daemon inside. A living daemon holds
+/// the lock of its folder.
+async fn collect_garbage(parent: PathBuf) {
+    let collect = move || {
+        for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+            let state = entry.path().join(STATE);
+            let Ok(lock) = File::open(state.join(LOCK)) else {
+                // About to start, or ended in the middle of cleaning up: no pods either way.
+                continue;
+            };
+            if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+                continue;
+            }
+            let cleaned = record::clean_stale(&state);
+            let removed = remove_tree(&entry.path());
+            tracing::debug!(folder = %entry.path().display(), ?cleaned, ?removed, "stale daemon");
+        }
+    };
+    // Best effort: what stays is tried again by the next run.
+    let _ = tokio::task::spawn_blocking(collect).await;
 }
 
 fn embedded_root() -> PathBuf {

@@ -11,6 +11,8 @@ pub(super) const OWN_ERROR: u8 = 125;
 pub(super) const NOT_EXECUTABLE: u8 = 126;
 /// The container's command does not exist.
 pub(super) const NOT_FOUND: u8 = 127;
+/// Ended by KILL; also what the daemon reports for a process whose pod ended under it.
+pub(super) const KILLED: u8 = 137;
 /// `--timeout` passed.
 pub(super) const TIMED_OUT: u8 = 124;
 

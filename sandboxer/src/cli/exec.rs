@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::args::{ExecArgs, Global, ProcessArgs};
 use super::attend::Attended;
 use super::client::{ProcessName, Task};
-use super::error::{CliError, Doing, Result};
+use super::error::{CliError, Doing, KILLED, Result};
 use super::output::Steps;
 use super::pods::{Found, find};
 use super::root::resolve_user;
@@ -47,20 +47,20 @@ pub(super) async fn exec(global: &Global, args: ExecArgs) -> Result<u8> {
         .await;
     let deleted = task.delete(&name).await;
     match ended {
-        Ok(code) => {
-            if let Some(reason) = found.failure().await {
-                return Err(
-                    CliError::new(format!("the pod ended meanwhile: {reason}")).next(format!(
-                        "`kuasar-ctl logs --console {}` shows why",
-                        args.pod
-                    )),
-                );
-            }
-            deleted?;
-            Ok(code)
-        }
+        // A process that was killed, or one whose pod ended under it.
+        Ok(KILLED) => match Found::load(found.pod.clone()).await?.failed() {
+            Some(reason) => Err(pod_ended(&reason, &args.pod)),
+            None => deleted.map(|()| KILLED),
+        },
+        Ok(code) => deleted.map(|()| code),
         Err(e) => Err(e),
     }
+}
+
+/// The pod, not the process, is why there is no exit code.
+fn pod_ended(reason: &str, pod: &str) -> CliError {
+    CliError::new(format!("the pod ended meanwhile: {reason}"))
+        .next(format!("`kuasar-ctl logs --console {pod}` shows why"))
 }
 
 /// The container's own first process, changed where the user says so.

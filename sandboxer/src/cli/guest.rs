@@ -18,8 +18,11 @@ pub(super) fn guest(args: &GuestArgs) -> Result<()> {
     match &args.command {
         GuestCommand::Build { agent, json } => build(agent.clone(), *json),
         GuestCommand::Info { json } => {
-            let cache = Cache::locate().map_err(explain)?;
-            show(&GuestImage::current(&cache).map_err(explain)?, *json)
+            let cache = Cache::locate().map_err(|e| explain(&e))?;
+            show(
+                &GuestImage::current(&cache).map_err(|e| explain(&e))?,
+                *json,
+            )
         }
     }
 }
@@ -35,14 +38,14 @@ fn build(agent: Option<PathBuf>, json: bool) -> Result<()> {
                 .next("build it with `make agent`, then name it with --agent"),
         );
     }
-    let cache = Cache::locate().map_err(explain)?;
-    let recipe = KernelRecipe::locate().map_err(explain)?;
+    let cache = Cache::locate().map_err(|e| explain(&e))?;
+    let recipe = KernelRecipe::locate().map_err(|e| explain(&e))?;
     let mut shown = Shown::new();
     let image = GuestImage::build(&cache, &recipe, &Initramfs::new(agent), &mut |p| {
-        shown.show(p)
+        shown.show(p);
     });
     shown.end();
-    show(&image.map_err(explain)?, json)
+    show(&image.map_err(|e| explain(&e))?, json)
 }
 
 fn beside_this_program() -> Result<PathBuf> {
@@ -51,8 +54,8 @@ fn beside_this_program() -> Result<PathBuf> {
 }
 
 /// The errors of the guest's builder say what to do themselves.
-fn explain(error: GuestError) -> CliError {
-    let failed = CliError::new(chain(&error));
+fn explain(error: &GuestError) -> CliError {
+    let failed = CliError::new(chain(error));
     match error {
         GuestError::NotBuilt(_) => failed.next("kuasar-ctl guest build"),
         _ => failed,

@@ -230,13 +230,12 @@ impl Found {
             .collect()
     }
 
-    /// Why the pod has failed since it was found; `None` while it runs.
-    pub(super) async fn failure(&self) -> Option<String> {
-        let now = Self::load(self.pod.clone()).await.ok()?;
-        if now.is_ready() {
+    /// Why the pod does not run; `None` while it does.
+    pub(super) fn failed(&self) -> Option<String> {
+        if self.is_ready() {
             return None;
         }
-        Some(now.reason().unwrap_or("it was stopped").to_owned())
+        Some(self.reason().unwrap_or("it was stopped").to_owned())
     }
 }
 

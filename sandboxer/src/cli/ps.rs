@@ -67,8 +67,10 @@ pub(super) async fn inspect(global: &Global, args: &InspectArgs) -> Result<()> {
 
 async fn view(found: &Found) -> PodView {
     let record = found.pod.record.as_ref();
-    let vm = found.info().get("vm");
-    let number = |key: &str| vm.and_then(|vm| vm.get(key)).and_then(Value::as_u64);
+    let number = |part: &str, key: &str| {
+        let part = found.info().get(part)?;
+        part.get(key).and_then(Value::as_u64)
+    };
     let created = found.created_at().and_then(|at| {
         let since = at.duration_since(UNIX_EPOCH).ok()?;
         u64::try_from(since.as_nanos()).ok()
@@ -81,8 +83,8 @@ async fn view(found: &Found) -> PodView {
         image: record.map(|r| r.image.clone()),
         command: record.map(|r| r.command.clone()).unwrap_or_default(),
         created_at_ns: created.or_else(|| record.map(|r| r.created_at_ns)),
-        vcpus: number("vcpus"),
-        memory_bytes: number("memory_bytes"),
+        vcpus: number("guest", "cpus"),
+        memory_bytes: number("vm", "memory_bytes"),
         containers: found.containers().await,
     }
 }

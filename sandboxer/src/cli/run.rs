@@ -12,8 +12,9 @@ use super::args::{Global, ProcessArgs, RunArgs};
 use super::attend::Attended;
 use super::client::{Controller, ProcessName, StdioNames};
 use super::daemon::Daemon;
-use super::error::{CliError, Doing, Result};
+use super::error::{CliError, Doing, KILLED, Result};
 use super::output::{self, Steps, note};
+use super::pods::{Found, PodRef};
 use super::root::{ImageDefaults, Root, arguments, resolve_user};
 use super::signals::{Signals, exit_code};
 use super::spec::{ContainerSpec, ProcessSpec};
@@ -36,23 +37,19 @@ pub(super) async fn run(global: &Global, args: RunArgs) -> Result<u8> {
     let spec = container_spec(&args, &root)?;
     let daemon = interruptible(
         &mut signals,
-        Daemon::reach(&global.address, args.config.as_deref(), &steps),
+        Daemon::reach(&global.address, args.config.as_deref(), args.detach, &steps),
     )
     .await?;
     let result = match Pod::new(&args, &root, spec, daemon.controller.clone()) {
-        Ok(pod) if args.detach && daemon.is_embedded() => {
-            drop(pod);
-            Err(CliError::new(format!(
-                "--detach needs a running daemon, and none listens on {}",
-                global.address.display()
-            ))
-            .next("start one with `vmm-sandboxer`, or leave --detach out"))
-        }
         Ok(pod) => pod.run(&args, &mut signals, &steps).await,
         Err(e) => Err(e),
     };
-    steps.step("cleaning up");
-    daemon.end().await;
+    tokio::select! {
+        () = daemon.end() => {}
+        signal = next_interrupt(&mut signals) => {
+            note(&format!("{signal}: not waiting for the daemon in this process to end"));
+        }
+    }
     result
 }
 
@@ -94,7 +91,7 @@ impl Pod {
                 (Some(image), _) => image.clone(),
                 (None, folder) => folder
                     .as_deref()
-                    .unwrap_or(Path::new(""))
+                    .unwrap_or_else(|| Path::new(""))
                     .display()
                     .to_string(),
             },
@@ -168,8 +165,25 @@ impl Pod {
             timeout: args.process.timeout,
         };
         match fifos {
-            Some(fifos) => attended.run(fifos, signals, steps).await,
+            Some(fifos) => match attended.run(fifos, signals, steps).await {
+                Ok(KILLED) => self.killed().await,
+                other => other,
+            },
             None => interruptible(signals, attended.start()).await.map(|()| 0),
+        }
+    }
+
+    /// Tells a process that was killed from one whose pod ended under it.
+    async fn killed(&self) -> Result<u8> {
+        let pod = PodRef {
+            id: self.record.id.clone(),
+            record: None,
+            controller: Some(self.controller.clone()),
+        };
+        match Found::load(pod).await?.failed() {
+            Some(reason) => Err(CliError::new(format!("the pod ended: {reason}"))
+                .next("run it with --verbose to see the daemon's log")),
+            None => Ok(KILLED),
         }
     }
 
@@ -198,16 +212,11 @@ impl Pod {
         }
     }
 
-    /// Ends the pod with everything in it. A signal meanwhile gives up waiting for that.
+    /// Ends the pod with everything in it, the container first. A signal meanwhile gives up waiting for that.
     async fn clean(self, signals: &mut Signals) -> Result<()> {
         let id = &self.record.id;
-        let work = async {
-            // Shutdown frees what a failed stop leaves.
-            let stopped = self.controller.stop(id).await;
-            self.controller.shutdown(id).await.and(stopped)
-        };
         tokio::select! {
-            result = work => result,
+            result = self.controller.shutdown(id) => result,
             signal = next_interrupt(signals) => {
                 note(&format!("{signal}: not waiting for pod {id} to be removed"));
                 Ok(())

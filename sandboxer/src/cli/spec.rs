@@ -358,7 +358,7 @@ mod tests {
         let spec = container.to_json();
         assert_eq!(
             spec["process"]["capabilities"]["effective"],
-            json!(ALL_CAPABILITIES)
+            json!(ALL_CAPABILITIES.as_slice())
         );
         assert_eq!(spec["linux"]["readonlyPaths"], json!([]));
         assert_eq!(spec["linux"]["resources"]["devices"][0]["allow"], true);

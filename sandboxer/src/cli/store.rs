@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{CliError, Doing, Result};
 use crate::image::ImageStore;
+use crate::pod::storage::remove_tree;
 
 const RECORD: &str = "pod.json";
 const OVERLAYFS_MAGIC: u64 = 0x794c_7630;
@@ -153,8 +154,13 @@ impl PodStore {
         records
     }
 
-    /// Data whose pod has no state: left by a crash, or from before a reboot.
+    /// What a crash, a killed CLI or a reboot left: pods whose daemon was inside a process
+    /// that is gone, and data without a pod.
     fn collect_garbage(&self) {
+        let orphans = self.records().into_iter();
+        for record in orphans.filter(|r| !r.detached && !r.address.exists()) {
+            drop(self.reopen(&record));
+        }
         for entry in fs::read_dir(&self.containers)
             .into_iter()
             .flatten()
@@ -200,12 +206,10 @@ impl Drop for PodFolder {
     }
 }
 
+/// Removes a folder, unless something is mounted in it: that would not be ours to delete.
 fn remove(path: &Path) {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => {
-            tracing::warn!(path = %path.display(), "cannot remove: {e}");
-        }
-        _ => {}
+    if let Err(e) = remove_tree(path) {
+        tracing::warn!(path = %path.display(), "cannot remove: {e}");
     }
 }
 
@@ -290,6 +294,27 @@ mod tests {
         folder.keep();
         let _new = store.create(&mut record("new")).unwrap();
         assert!(!stale.exists());
+    }
+
+    #[test]
+    fn pods_of_daemons_inside_processes_that_are_gone_are_collected() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = PodStore::at(&dir.path().join("run"), &dir.path().join("cache"));
+        let foreground = |id: &str, address: &Path| PodRecord {
+            detached: false,
+            address: address.to_owned(),
+            ..record(id)
+        };
+        let gone = dir.path().join("gone.sock");
+        store.create(&mut foreground("old", &gone)).unwrap().keep();
+        store
+            .create(&mut foreground("alive", dir.path()))
+            .unwrap()
+            .keep();
+        store.create(&mut record("detached")).unwrap().keep();
+        let ids: Vec<String> = store.records().into_iter().map(|r| r.id).collect();
+        assert!(!ids.contains(&"old".to_owned()), "{ids:?}");
+        assert_eq!(ids.len(), 2);
     }
 
     #[test]
