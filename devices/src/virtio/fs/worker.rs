@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::request::{Header, OUT_HEADER_LEN, Staging};
 use super::thread;
+use crate::virtio::notify;
 use crate::virtio::{ActiveQueue, GuestMemory, Interrupt, StopToken};
 
 const STOP: u64 = u64::MAX;
@@ -118,13 +119,7 @@ fn drain<F: FileSystem + Sync>(
             .queue
             .add_used(guest, head, written)
             .map_err(io::Error::other)?;
-        let wanted = active
-            .queue
-            .needs_notification(guest)
-            .map_err(io::Error::other)?;
-        if wanted {
-            shared.interrupt.used_queue(active.index)?;
-        }
+        notify::used(guest, &mut active, &*shared.interrupt).map_err(io::Error::other)?;
     }
 }
 

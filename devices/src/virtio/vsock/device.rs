@@ -5,6 +5,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
 use super::handler::Handler;
 use super::host::{Host, VsockHandle};
 use super::muxer::Muxer;
@@ -12,20 +15,14 @@ use super::packet::CID_GUEST_MIN;
 use super::queues::Queues;
 use super::uds::Listener;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice, config,
 };
 
 /// Receive, transmit, event.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
-/// `VIRTIO_VSOCK_F_STREAM`.
+/// `VIRTIO_VSOCK_F_STREAM`, 5.10.3.
 const F_STREAM: u64 = 1;
-/// `VIRTIO_F_INDIRECT_DESC`.
-const F_INDIRECT_DESC: u64 = 1 << 28;
-/// `VIRTIO_F_EVENT_IDX`.
-const F_EVENT_IDX: u64 = 1 << 29;
-/// `VIRTIO_F_VERSION_1`.
-const F_VERSION_1: u64 = 1 << 32;
 
 /// How to make a [`Vsock`].
 #[derive(Clone, Debug)]
@@ -138,17 +135,16 @@ impl VirtioDevice for Vsock {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC | F_STREAM
+        F_STREAM
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
     /// The guest's address (5.10.4), its upper half zero.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = u64::from(self.config.guest_cid).to_le_bytes();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let rest = config.get(start..).unwrap_or_default();
-        for (index, byte) in data.iter_mut().enumerate() {
-            *byte = rest.get(index).copied().unwrap_or(0);
-        }
+        let cid = u64::from(self.config.guest_cid).to_le_bytes();
+        config::read(&cid, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

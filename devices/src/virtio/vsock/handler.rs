@@ -1,6 +1,5 @@
 //! The device on the VM's event loop.
 
-use std::error::Error;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
@@ -10,8 +9,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::host::Host;
 use super::muxer::{FIRST_ID, Muxer};
-use super::queues::{Progress, QueueError, Queues};
+use super::queues::{Progress, Queues};
 use super::uds;
+use crate::virtio::notify::QueueError;
 use crate::virtio::{EventHandler, Interest, Loop, Ready};
 
 const RX: u64 = 0;
@@ -106,12 +106,7 @@ impl Handler {
         if let Some(listener) = &self.listener {
             lp.forget(listener.as_raw_fd());
         }
-        let cause = err
-            .source()
-            .map_or_else(String::new, |source| format!(": {source}"));
-        self.queues
-            .interrupt
-            .needs_reset(&format!("vsock: {err}{cause}"));
+        self.queues.interrupt.needs_reset(&format!("vsock: {err}"));
     }
 }
 

@@ -298,7 +298,12 @@ fn a_broken_ring_asks_for_a_reset_and_closes_the_streams() {
     let (_, stream) = guest.accept(1);
     guest.driver.queues[TX].set_avail_idx(9999);
     guest.driver.queues[TX].kick();
-    assert!(guest.driver.wait_needs_reset().contains("virtqueue 1"));
+    assert!(
+        guest
+            .driver
+            .wait_needs_reset()
+            .starts_with("vsock: invalid queue")
+    );
     assert_eq!(blocking(stream).read(&mut [0]).unwrap(), 0);
     assert!(guest.driver.runner.failures().is_empty());
 }
