@@ -1,12 +1,17 @@
 //! The contract between device models and transports.
 
+pub mod balloon;
 pub mod block;
 mod chain;
 mod config;
+pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod net;
 mod notify;
+pub mod release;
 pub mod rng;
+mod serve;
 mod vectors;
 pub mod vsock;
 
