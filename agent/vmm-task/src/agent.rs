@@ -11,14 +11,12 @@ use agent_api::rpc::{
     CreateContainerRequest, CreateExecRequest, Event, ExitStatus, ProcessRef, Ready,
     SetupSandboxRequest, SignalProcessRequest, StatsResponse, event,
 };
-use agent_api::stream::{StreamId, StreamKind};
 use libcontainer::oci_spec::runtime::LinuxResources;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::clock;
 use crate::container::Container;
-use crate::container::executor::shell_code;
 use crate::container::process::{Exit, Process};
 use crate::error::{AgentError, check_id};
 use crate::events::{self, Events};
@@ -230,49 +228,21 @@ impl Agent {
     fn start_exec(&self, name: &ProcessName) -> Result<i32, AgentError> {
         let mut state = self.lock();
         let container = state.container(&name.container)?;
-        match container.start_exec(&name.exec, &self.streams) {
-            Ok(pid) => {
-                state.pids.insert(pid, name.clone());
-                Ok(pid)
-            }
-            Err(e) => {
-                let planned = container.plans.contains_key(&name.exec);
-                let tried = container.process(&name.exec)?.is_created() && !planned;
-                drop(state);
-                if tried {
-                    self.start_failed(name, &e);
-                }
-                Err(e)
-            }
-        }
+        let pid = container.start_exec(&name.exec, &self.streams)?;
+        state.pids.insert(pid, name.clone());
+        Ok(pid)
     }
 
-    /// Records a process that never ran, and closes its streams.
+    /// Records an init process that never ran, and closes its streams.
     fn start_failed(&self, name: &ProcessName, e: &AgentError) {
-        let exit = Exit {
-            code: shell_code(e),
-            at_ns: clock::now_ns(),
-            oom_killed: false,
-        };
         let mut state = self.lock();
         let Ok(process) = state.process(name) else {
             return;
         };
-        process.start_failed(exit);
-        match &mut process.pumps {
-            Some(pumps) => {
-                // The pumps end by themselves; nobody waits for them.
-                drop(pumps.process_exited());
-            }
-            None => {
-                for kind in [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr] {
-                    self.streams.release(&StreamId {
-                        container_id: name.container.clone(),
-                        exec_id: name.exec.clone(),
-                        kind,
-                    });
-                }
-            }
+        process.start_failed(e);
+        if let Some(pumps) = &mut process.pumps {
+            // The pumps end by themselves; nobody waits for them.
+            drop(pumps.process_exited());
         }
     }
 
@@ -283,7 +253,8 @@ impl Agent {
         let Some(name) = state.pids.remove(&pid) else {
             return;
         };
-        let Some(container) = state.containers.get_mut(&name.container) else {
+        // The end of a container that is being deleted is the deletion's answer.
+        let Ok(container) = state.container(&name.container) else {
             return;
         };
         let oom = container.cgroup().ok().and_then(|c| c.oom());

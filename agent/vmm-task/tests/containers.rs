@@ -23,9 +23,9 @@ async fn output_errors_and_exit_codes() {
         bed.run(&id, &spec1).await,
         (7, "hello\n".into(), "oops\n".into())
     );
-    // The id is free again; a signal is 128 more.
-    let spec2 = shell(&bed, "kill -9 $$");
-    assert_eq!(bed.run(&id, &spec2).await.0, 137);
+    // The id is free again; signals have their default actions inside.
+    let spec2 = shell(&bed, "sh -c 'kill -15 $$'; echo $?");
+    assert_eq!(bed.run(&id, &spec2).await.1, "143\n");
     // A broken pipe kills the writer: SIGPIPE is not ignored.
     let spec3 = shell(&bed, "yes | head -1");
     assert_eq!(bed.run(&id, &spec3).await, (0, "y\n".into(), String::new()));
@@ -218,7 +218,7 @@ async fn exec_in_a_running_container() {
     let script = json!([
         "sh",
         "-c",
-        "echo in; echo bad >&2; hostname; ps | grep -c sleep; exit 3"
+        "echo in; echo bad >&2; hostname; [ $$ -gt 1 ] && cat /proc/1/comm; exit 3"
     ]);
     bed.add_exec(&id, "e1", script.clone(), outputs())
         .await
@@ -238,7 +238,7 @@ async fn exec_in_a_running_container() {
     soon(err.read_to_string(&mut stderr)).await.unwrap();
     assert_eq!(
         (stdout.as_str(), stderr.as_str()),
-        ("in\ninside\n2\n", "bad\n")
+        ("in\ninside\nsleep\n", "bad\n")
     );
     assert_eq!(bed.exit_of(&id, "e1").await.code, 3);
     assert_eq!(bed.delete(&id, "e1").await.unwrap().code, 3);
@@ -318,40 +318,40 @@ async fn signals() {
     assert_eq!(code(bed.signal(&id, "", 15, false).await), Code::NOT_FOUND);
     bed.delete(&id, "").await.unwrap();
 
-    // All at once, by a real-time signal and by SIGKILL.
-    for (signal, expected) in [(34, 162), (9, 137)] {
-        bed.create(&id, &spec(&bed, json!(["sleep", "1000"])), Stdio::default())
+    // A real-time signal to an exec, then all at once.
+    let forever = spec(&bed, json!(["sleep", "1000"]));
+    bed.create(&id, &forever, Stdio::default()).await.unwrap();
+    bed.start_process(&id, "").await.unwrap();
+    for exec in ["rt", "e"] {
+        bed.add_exec(&id, exec, json!(["sleep", "1000"]), Stdio::default())
             .await
             .unwrap();
-        bed.start_process(&id, "").await.unwrap();
-        bed.add_exec(&id, "e", json!(["sleep", "1000"]), Stdio::default())
-            .await
-            .unwrap();
-        bed.start_process(&id, "e").await.unwrap();
-        let pids = bed
-            .agent
-            .list_pids(ctx(), &container(&id))
-            .await
-            .unwrap()
-            .pids;
-        assert_eq!(pids.len(), 2, "{pids:?}");
-        bed.signal(&id, "", signal, true).await.unwrap();
-        let mut codes = Vec::new();
-        for _ in 0..2 {
-            let event = soon(bed.events.recv()).await.unwrap().unwrap();
-            if let Some(event::Kind::Exit(exit)) = event.kind {
-                codes.push((exit.process.exec_id.clone(), exit.status.code));
-            }
-        }
-        codes.sort();
-        // The init process of a pid namespace only obeys signals it handles, or SIGKILL
-        // from outside; a real-time signal from outside is one that it does not handle.
-        assert_eq!(
-            codes,
-            [(String::new(), expected), ("e".to_owned(), expected)]
-        );
-        bed.delete(&id, "").await.unwrap();
+        bed.start_process(&id, exec).await.unwrap();
     }
+    bed.signal(&id, "rt", 34, false).await.unwrap();
+    assert_eq!(bed.exit_of(&id, "rt").await.code, 162);
+    let pids = bed
+        .agent
+        .list_pids(ctx(), &container(&id))
+        .await
+        .unwrap()
+        .pids;
+    assert_eq!(pids.len(), 2, "{pids:?}");
+    assert_eq!(
+        code(bed.signal(&id, "e", 9, true).await),
+        Code::INVALID_ARGUMENT
+    );
+    bed.signal(&id, "", 9, true).await.unwrap();
+    let mut codes = Vec::new();
+    for _ in 0..2 {
+        let event = soon(bed.events.recv()).await.unwrap().unwrap();
+        if let Some(event::Kind::Exit(exit)) = event.kind {
+            codes.push((exit.process.exec_id.clone(), exit.status.code));
+        }
+    }
+    codes.sort();
+    assert_eq!(codes, [(String::new(), 137), ("e".to_owned(), 137)]);
+    bed.delete(&id, "").await.unwrap();
 }
 
 fn container(id: &str) -> ContainerRef {
@@ -465,26 +465,26 @@ async fn nothing_stays_behind() {
         return;
     };
     let id = unique("gone");
-    let before = bed.holdings();
+    let before = bed.holdings(&id);
 
     let spec_ok = shell(&bed, "echo x");
     bed.run(&id, &spec_ok).await;
-    assert_eq!(bed.holdings(), before, "after a whole life");
+    assert_eq!(bed.holdings(&id), before, "after a whole life");
 
     bed.create(&id, &spec_ok, outputs()).await.unwrap();
-    assert_ne!(bed.holdings(), before);
+    assert_ne!(bed.holdings(&id), before);
     assert_eq!(bed.delete(&id, "").await.unwrap().code, 137);
-    settle(&bed, &before, "never started").await;
+    settle(&bed, &id, &before, "never started").await;
 
     let mut bad = spec_ok.clone();
     bad["root"]["path"] = json!("/nonexistent");
     assert_eq!(code(bed.create(&id, &bad, outputs()).await), Code::INTERNAL);
-    settle(&bed, &before, "no root").await;
+    settle(&bed, &id, &before, "no root").await;
 
     let mut bad = spec_ok.clone();
     bad["mounts"][0]["type"] = json!("nosuchfs");
     assert_eq!(code(bed.create(&id, &bad, outputs()).await), Code::INTERNAL);
-    settle(&bed, &before, "failed inside").await;
+    settle(&bed, &id, &before, "failed inside").await;
 
     // An exec's leftovers go with the container, and so do mounts made for it.
     let target = bed.rootfs().join("tmp");
@@ -510,18 +510,18 @@ async fn nothing_stays_behind() {
         soon(bed.events.recv()).await.unwrap().unwrap();
     }
     bed.delete(&id, "").await.unwrap();
-    settle(&bed, &before, "with an exec").await;
+    settle(&bed, &id, &before, "with an exec").await;
 }
 
 /// Waits for killed children to be reaped, then compares.
-async fn settle(bed: &Bed, before: &[String], what: &str) {
-    let mut now = bed.holdings();
+async fn settle(bed: &Bed, id: &str, before: &[String], what: &str) {
+    let mut now = bed.holdings(id);
     for _ in 0..100 {
         if now == before {
             return;
         }
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        now = bed.holdings();
+        now = bed.holdings(id);
     }
     assert_eq!(now, before, "{what}");
 }

@@ -175,30 +175,21 @@ impl Container {
         let Some(plan) = self.plans.remove(exec_id) else {
             return Err(exec.wrong_state("created"));
         };
-        let remains = self
-            .remains
-            .as_ref()
-            .ok_or_else(|| AgentError::NoContainer(id.clone()))?;
-        let bundle = &remains.bundle;
-        let (ends, kept) = stdio::open(&plan.stdio, bundle.path())?;
-        let (executor, report) = GuestExecutor::new(plan.find_home, plan.privileges)?;
-        let file = bundle.write("exec.json", &plan.process)?;
-        let built = runtime::exec(&id, bundle, &file, executor, ends);
-        // The report says why in a form that the host can act on.
-        report.failure(&exec.command)?;
-        let (pid, console) = built?;
-        let ends = attach(console, kept, &plan.stdio).inspect_err(|_| {
-            // Gone already is fine; reaped as a child nobody knows.
-            let _ = crate::sys::kill(pid, libc::SIGKILL);
-        })?;
-        exec.pumps = Some(Pumps::start(
-            exec.name(),
-            ends,
-            plan.stdio.terminal,
-            streams,
-        ));
-        exec.started(pid);
-        Ok(pid)
+        let remains = self.remains.as_ref();
+        let bundle = remains.map(|r| &r.bundle).ok_or_else(missing)?;
+        match run_exec(&id, bundle, &exec.command, &plan) {
+            Ok((pid, ends)) => {
+                let terminal = plan.stdio.terminal;
+                exec.pumps = Some(Pumps::start(exec.name(), ends, terminal, streams));
+                exec.started(pid);
+                Ok(pid)
+            }
+            Err(e) => {
+                exec.pumps = Some(Pumps::refuse(exec.name(), &plan.stdio, streams));
+                exec.start_failed(&e);
+                Err(e)
+            }
+        }
     }
 
     /// A process by exec id; empty is the init process.
@@ -227,6 +218,27 @@ impl Container {
             None => Ok(()),
         }
     }
+}
+
+/// Executes a plan.
+fn run_exec(
+    id: &str,
+    bundle: &Bundle,
+    command: &str,
+    plan: &ExecPlan,
+) -> Result<(i32, AgentEnds), AgentError> {
+    let (ends, kept) = stdio::open(&plan.stdio, bundle.path())?;
+    let (executor, report) = GuestExecutor::new(plan.find_home, plan.privileges.clone())?;
+    let file = bundle.write("exec.json", &plan.process)?;
+    let built = runtime::exec(id, bundle, &file, executor, ends);
+    // The report says why in a form that the host can act on.
+    report.failure(command)?;
+    let (pid, console) = built?;
+    let ends = attach(console, kept, &plan.stdio).inspect_err(|_| {
+        // Gone already is fine; reaped as a child nobody knows.
+        let _ = crate::sys::kill(pid, libc::SIGKILL);
+    })?;
+    Ok((pid, ends))
 }
 
 /// The agent's ends of a new process.

@@ -2,7 +2,8 @@
 
 use agent_api::rpc::ExitStatus;
 
-use super::executor::ExecReport;
+use super::executor::{ExecReport, shell_code};
+use crate::clock;
 use crate::error::AgentError;
 use crate::stdio::{ProcessName, Pumps};
 
@@ -149,8 +150,13 @@ impl Process {
     }
 
     /// Its program could not be executed: there is nothing to tell but the start's error.
-    pub fn start_failed(&mut self, exit: Exit) {
-        self.phase = Phase::Exited(exit);
+    /// Its status is what a shell would answer.
+    pub fn start_failed(&mut self, e: &AgentError) {
+        self.phase = Phase::Exited(Exit {
+            code: shell_code(e),
+            at_ns: clock::now_ns(),
+            oom_killed: false,
+        });
     }
 
     /// It ended. Returns whether to tell that now, rather than when its start is decided.
@@ -216,7 +222,7 @@ mod tests {
         let mut p = process(Some(9));
         p.starting().unwrap();
         assert!(!p.ended(EXIT));
-        p.start_failed(Exit { code: 127, ..EXIT });
+        p.start_failed(&AgentError::CommandNotFound("x".into()));
         assert_eq!(p.exit().unwrap().code, 127);
     }
 

@@ -9,22 +9,28 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::hooks;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
+use tracing::warn;
 
 use super::bundle::Bundle;
 use super::executor::GuestExecutor;
 use crate::error::AgentError;
 use crate::stdio::ProcessEnds;
+use crate::sys;
 
 /// Runs `call`; neither an error nor a panic of the library gets past it.
 fn guarded<T>(
     what: &str,
     call: impl FnOnce() -> Result<T, LibcontainerError>,
 ) -> Result<T, AgentError> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(AgentError::Runtime(format!("{what}: {}", chain(&e)))),
-        Err(_) => Err(AgentError::Runtime(format!("{what}: the runtime panicked"))),
+    let why = match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(e)) => chain(&e),
+        Err(_) => "the runtime panicked".to_owned(),
+    };
+    if let Err(e) = sys::close_packet_sockets() {
+        warn!("descriptors of a failed call stay open: {e}");
     }
+    Err(AgentError::Runtime(format!("{what}: {why}")))
 }
 
 /// An error with its causes; libcontainer's outer messages often say nothing.

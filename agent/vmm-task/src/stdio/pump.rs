@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use agent_api::rpc::Stdio;
 use agent_api::stream::{StreamId, StreamKind};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -77,7 +78,7 @@ pub struct Pumps {
     tty: Option<Arc<OwnedFd>>,
     names: Vec<StreamId>,
     streams: Streams,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl Pumps {
@@ -127,8 +128,27 @@ impl Pumps {
             tty,
             names,
             streams: streams.clone(),
-            _tasks: tasks,
+            tasks,
         }
+    }
+
+    /// Ends the streams of a process that never ran: each is closed when the host opens it.
+    pub fn refuse(process: &ProcessName, wanted: &Stdio, streams: &Streams) -> Self {
+        let mut pumps = Self::start(process, AgentEnds::default(), false, streams);
+        let kinds = [
+            (wanted.stdin, StreamKind::Stdin),
+            (wanted.stdout || wanted.terminal, StreamKind::Stdout),
+            (wanted.stderr, StreamKind::Stderr),
+        ];
+        for (_, kind) in kinds.into_iter().filter(|(wanted, _)| *wanted) {
+            let id = process.stream(kind);
+            pumps.names.push(id.clone());
+            let streams = streams.clone();
+            pumps
+                .tasks
+                .spawn(async move { drop(streams.claim(&id).await) });
+        }
+        pumps
     }
 
     /// Tells the pumps that the process has ended. The future is ready when the host has all

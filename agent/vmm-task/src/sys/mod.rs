@@ -10,16 +10,17 @@ pub use self::capabilities::{
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Owns a descriptor that a system call has just returned.
+/// Owns a descriptor that has no owner yet.
 pub fn own_fd(fd: RawFd) -> OwnedFd {
-    // SAFETY: callers pass the result of accept4 or SCM_RIGHTS, which nobody else owns.
+    // SAFETY: callers pass what accept4 or SCM_RIGHTS returned, or what its maker has
+    // forgotten; nobody else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -37,6 +38,28 @@ pub fn polled<T: Owned>(fd: T, interest: Interest) -> io::Result<AsyncFd<T>> {
 pub trait Owned: AsRawFd {}
 impl Owned for std::fs::File {}
 impl Owned for std::sync::Arc<OwnedFd> {}
+
+/// Closes every sequenced-packet socket of the process. Returns how many there were.
+///
+/// libcontainer talks to its children over such sockets, which it leaves open when it fails.
+/// The agent has none of its own.
+pub fn close_packet_sockets() -> io::Result<usize> {
+    use nix::sys::socket::{SockType, getsockopt, sockopt};
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let name = entry?.file_name();
+        let Some(fd) = name.to_str().and_then(|n| n.parse::<RawFd>().ok()) else {
+            continue;
+        };
+        // SAFETY: open, or the lookup fails; not closed before the list is complete.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        if getsockopt(&borrowed, sockopt::SockType) == Ok(SockType::SeqPacket) {
+            found.push(fd);
+        }
+    }
+    // The library that made them has forgotten them.
+    Ok(found.into_iter().map(own_fd).count())
+}
 
 /// How a child ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,11 @@
 //! Runs the real agent as root in namespaces of its own, and plays the host.
 #![allow(dead_code, missing_debug_implementations, missing_docs)]
-#![allow(clippy::expect_used, clippy::needless_pass_by_value, clippy::panic, clippy::unwrap_used)]
+#![allow(
+    clippy::expect_used,
+    clippy::needless_pass_by_value,
+    clippy::panic,
+    clippy::unwrap_used
+)]
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -49,6 +54,14 @@ impl Drop for Bed {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("--- agent's log\n{}---", self.log());
+        }
+        // The cgroup hierarchy is the host's: what a test leaves would stay.
+        for dir in self.cgroups() {
+            let _ = fs::write(dir.join("cgroup.kill"), "1");
+            while fs::read_to_string(dir.join("cgroup.events"))
+                .is_ok_and(|e| e.contains("populated 1"))
+            {}
+            let _ = fs::remove_dir(dir);
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -131,8 +144,17 @@ impl Bed {
         children.split_whitespace().next().unwrap().parse().unwrap()
     }
 
+    /// Cgroups of this test's containers.
+    fn cgroups(&self) -> Vec<PathBuf> {
+        let dir = format!("/proc/{}/root/sys/fs/cgroup", self.pid());
+        let mine = format!("container-{}", prefix());
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        let found = entries.filter(|e| e.file_name().to_string_lossy().starts_with(&mine));
+        found.map(|e| e.path()).collect()
+    }
+
     /// What the agent holds: descriptors, mounts, bundles, cgroups, children.
-    pub fn holdings(&self) -> Vec<String> {
+    pub fn holdings(&self, id: &str) -> Vec<String> {
         let pid = self.pid();
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let list = |dir: PathBuf| -> Vec<String> {
@@ -148,9 +170,12 @@ impl Bed {
             .count();
         let mut all = vec![format!("{fds} descriptors"), format!("{mounts} mounts")];
         all.extend(list(proc.join("root/run/kuasar/containers")));
-        let mine = format!("container-{}", prefix());
-        let cgroups = list(proc.join("root/sys/fs/cgroup"));
-        all.extend(cgroups.into_iter().filter(|c| c.starts_with(&mine)));
+        let cgroups = self.cgroups().into_iter();
+        all.extend(
+            cgroups
+                .map(|c| c.to_string_lossy().into_owned())
+                .filter(|c| c.ends_with(id)),
+        );
         let children = fs::read_to_string(proc.join(format!("task/{pid}/children"))).unwrap();
         all.push(format!("children: {children}"));
         all
@@ -278,9 +303,12 @@ async fn meet(listener: &UnixListener) -> (AgentClient, ClientStreamReceiver<Eve
     (agent, events, ready)
 }
 
-/// Container ids are unique on the machine: the cgroup hierarchy is the host's.
+/// Container ids are unique on the machine: the cgroup hierarchy is the host's. Every test has
+/// a thread of its own.
 pub fn prefix() -> String {
-    format!("t{}-", std::process::id())
+    let thread = format!("{:?}", std::thread::current().id());
+    let thread: String = thread.chars().filter(char::is_ascii_digit).collect();
+    format!("t{}-{thread}-", std::process::id())
 }
 
 pub fn unique(name: &str) -> String {
