@@ -4,13 +4,14 @@
 //!   [`task`] the Task API of each pod.
 //! - [`pod`] is a pod with its containers; [`agent`] talks to the agent in its guest and
 //!   [`backend`] makes the machine it runs in.
-//! - [`config`] is the configuration file and [`rpc`] the generated gRPC code.
+//! - [`events`] tells containerd what happened, [`config`] is the configuration file and [`rpc`] the generated gRPC code.
 
 pub mod agent;
 pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod controller;
+pub mod events;
 pub mod image;
 pub mod pod;
 pub mod rpc;

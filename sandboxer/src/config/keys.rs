@@ -2,7 +2,7 @@
 
 use serde_aux::serde_introspection::serde_introspect;
 
-use super::{Config, Fs, Sandbox, Timeouts, Vm};
+use super::{Config, Events, Fs, Sandbox, Timeouts, Vm};
 
 /// A key further away than this many edits is no suggestion.
 const MAX_EDITS: usize = 3;
@@ -15,6 +15,7 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "sandbox" => serde_introspect::<Sandbox>(),
         "vm" => serde_introspect::<Vm>(),
         "fs" => serde_introspect::<Fs>(),
+        "events" => serde_introspect::<Events>(),
         "timeouts" => serde_introspect::<Timeouts>(),
         _ => &[],
     };

@@ -30,6 +30,8 @@ pub struct Config {
     pub fs: Fs,
     /// How long to wait for what.
     pub timeouts: Timeouts,
+    /// Who is told what happens to containers.
+    pub events: Events,
 }
 
 /// `[sandbox]`: the daemon itself.
@@ -59,6 +61,16 @@ pub enum Mode {
     /// Threads of this daemon.
     #[default]
     InProcess,
+}
+
+/// `[events]`: who is told what happens to containers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Events {
+    /// containerd's ttrpc socket, usually `/run/containerd/containerd.sock.ttrpc`. Set it
+    /// for Kubernetes to see which containers were killed for want of memory, and for
+    /// `ctr events`. Unset: nobody is told, as iSulad wants it.
+    pub containerd: Option<PathBuf>,
 }
 
 /// `[timeouts]`: how long to wait for what, written like `"10s"` or `"500ms"`.

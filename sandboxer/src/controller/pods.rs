@@ -14,6 +14,8 @@ use crate::task::TaskServer;
 struct Entry {
     pod: Arc<Pod>,
     task_server: Mutex<Option<TaskServer>>,
+    /// Held while the pod is removed: whoever comes second waits until it is gone.
+    removal: tokio::sync::Mutex<()>,
 }
 
 /// The pods of a daemon.
@@ -61,6 +63,7 @@ impl Pods {
         let entry = Entry {
             pod: Arc::new(pod),
             task_server: Mutex::new(None),
+            removal: tokio::sync::Mutex::new(()),
         };
         info!(pod = id, "created");
         lock(&self.entries).insert(id, Arc::new(entry));
@@ -133,21 +136,28 @@ impl Pods {
             .unwrap_or(Err(PodError::Cancelled("shutting the sandbox down")))
     }
 
-    async fn remove(&self, id: &str, entry: &Entry) -> Result<()> {
+    async fn remove(&self, id: &str, entry: &Arc<Entry>) -> Result<()> {
+        let _removing = entry.removal.lock().await;
         entry.pod.stop(None).await?;
         let server = lock(&entry.task_server).take();
         if let Some(server) = server {
             server.close().await;
         }
         entry.pod.shutdown().await?;
-        if lock(&self.entries).remove(id).is_some() {
+        // Another call may have been faster, and the id be taken again since.
+        let mut entries = lock(&self.entries);
+        if entries
+            .get(id)
+            .is_some_and(|found| Arc::ptr_eq(found, entry))
+        {
+            entries.remove(id);
             info!(pod = id, "removed");
         }
         Ok(())
     }
 
     /// Removes what a failed start left.
-    async fn release(&self, id: &str, entry: &Entry) {
+    async fn release(&self, id: &str, entry: &Arc<Entry>) {
         if let Err(e) = self.remove(id, entry).await {
             warn!(pod = id, "cannot clean up after a failed start: {e}");
         }

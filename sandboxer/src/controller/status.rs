@@ -75,9 +75,23 @@ fn info(pod: &Pod, phase: &Phase) -> String {
         "containers": pod.container_ids(),
         "labels": request.config.labels,
         "annotations": request.config.annotations,
+        "guest": guest(pod),
         "vm": vm(pod),
     })
     .to_string()
+}
+
+fn guest(pod: &Pod) -> serde_json::Value {
+    pod.guest().map_or(serde_json::Value::Null, |guest| {
+        json!({
+            "kernel": guest.kernel_release,
+            "agent": guest.agent_version,
+            "cpus": guest.cpus,
+            "memory_bytes": guest.memory_bytes,
+            "init_at_us": guest.init_at_us,
+            "ready_at_us": guest.ready_at_us,
+        })
+    })
 }
 
 fn vm(pod: &Pod) -> serde_json::Value {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::{PodError, Result};
-use super::process::{Exit, Process};
+use super::process::Process;
 use super::stdio::StdioPaths;
 use super::storage::ContainerStorage;
 use crate::agent::ProcessId;
@@ -16,6 +16,7 @@ use crate::agent::ProcessId;
 pub struct Container {
     id: String,
     bundle: PathBuf,
+    namespace: String,
     init: Arc<Process>,
     paused: AtomicBool,
     execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -23,7 +24,7 @@ pub struct Container {
 }
 
 impl Container {
-    pub(super) fn new(id: &str, bundle: &Path, stdio: StdioPaths) -> Self {
+    pub(super) fn new(id: &str, bundle: &Path, namespace: &str, stdio: StdioPaths) -> Self {
         let init = ProcessId {
             container_id: id.to_owned(),
             exec_id: String::new(),
@@ -31,6 +32,7 @@ impl Container {
         Self {
             id: id.to_owned(),
             bundle: bundle.to_owned(),
+            namespace: namespace.to_owned(),
             init: Arc::new(Process::new(init, stdio)),
             paused: AtomicBool::new(false),
             execs: Mutex::new(HashMap::new()),
@@ -48,6 +50,12 @@ impl Container {
     #[must_use]
     pub fn bundle(&self) -> &Path {
         &self.bundle
+    }
+
+    /// containerd's namespace; empty if the caller named none.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     /// Its first process.
@@ -111,12 +119,11 @@ impl Container {
         lock(&self.storage).take()
     }
 
-    /// Ends every process that has not ended.
-    pub(super) fn all_exited(&self, exit: Exit) {
-        let execs: Vec<_> = lock(&self.execs).values().cloned().collect();
-        for process in execs.iter().chain([&self.init]) {
-            process.exited(exit);
-        }
+    /// All its processes, execs first.
+    pub(super) fn processes(&self) -> Vec<Arc<Process>> {
+        let mut all: Vec<_> = lock(&self.execs).values().cloned().collect();
+        all.push(Arc::clone(&self.init));
+        all
     }
 }
 

@@ -7,6 +7,7 @@ use agent_api::rpc;
 use agent_api::stream::StreamKind;
 use protobuf::MessageField;
 use serde_json::Value;
+use tokio::time::timeout;
 use tracing::{info, warn};
 use vmm_core::vm::GuestStream;
 
@@ -16,7 +17,8 @@ use super::process::{Exit, Process, ProcessState};
 use super::request::check_id;
 use super::stdio::{GuestStdio, HostStdio, LogOwner, Stdio, StdioPaths};
 use super::storage::{ContainerStorage, RootfsMount};
-use super::{Machine, Phase, Pod, PodError, Result, lock};
+use super::{Machine, Phase, Pod, PodError, Result, lock, phase};
+use crate::events::TaskEventKind;
 
 /// A container as it is to be.
 #[derive(Clone, Debug, Default)]
@@ -62,11 +64,16 @@ impl Pod {
         // Finished or undone as a whole, even if the caller goes away.
         let work = async move {
             let made = pod.make_container(&machine, &container, &request).await;
-            if let Err(e) = &made {
-                warn!(pod = pod.id(), container = request.id, "create failed: {e}");
-                pod.forget_container(&container).await;
-            } else {
-                info!(pod = pod.id(), container = request.id, "created");
+            match &made {
+                Ok(pid) => {
+                    info!(pod = pod.id(), container = request.id, "created");
+                    let (bundle, pid) = (request.bundle, *pid);
+                    pod.tell(&container, TaskEventKind::Create { bundle, pid });
+                }
+                Err(e) => {
+                    warn!(pod = pod.id(), container = request.id, "create failed: {e}");
+                    pod.forget_container(&container).await;
+                }
             }
             made
         };
@@ -96,7 +103,12 @@ impl Pod {
                 id: request.id.clone(),
             });
         }
-        let container = Container::new(&request.id, &request.bundle, request.stdio.clone());
+        let container = Container::new(
+            &request.id,
+            &request.bundle,
+            &request.namespace,
+            request.stdio.clone(),
+        );
         let container = Arc::new(container);
         containers.insert(request.id.clone(), Arc::clone(&container));
         Ok(container)
@@ -241,8 +253,10 @@ impl Pod {
         let pod = Arc::clone(self);
         let work = async move {
             let made = pod.make_exec(&machine, &process, &request).await;
-            if made.is_err() {
-                container.remove_exec(&request.exec_id);
+            let exec_id = request.exec_id;
+            match &made {
+                Ok(()) => pod.tell(&container, TaskEventKind::ExecAdded { exec_id }),
+                Err(_) => container.remove_exec(&exec_id),
             }
             made
         };
@@ -288,13 +302,23 @@ impl Pod {
     /// # Errors
     /// It was started before, or the guest cannot start it.
     pub async fn start_process(self: &Arc<Self>, container: &str, exec: &str) -> Result<u32> {
-        let process = self.container(container)?.process(exec)?;
+        let container = self.container(container)?;
+        let process = container.process(exec)?;
         let machine = self.machine()?;
         process.begin_start()?;
+        let pod = Arc::clone(self);
         let work = async move {
             match machine.agent.start_process(process.id()).await {
                 Ok(pid) => {
                     process.started(pid);
+                    machine.vm.mark_phase(phase::CONTAINER_RUNNING);
+                    let exec_id = process.id().exec_id.clone();
+                    let kind = if exec_id.is_empty() {
+                        TaskEventKind::Start { pid }
+                    } else {
+                        TaskEventKind::ExecStarted { exec_id, pid }
+                    };
+                    pod.tell(&container, kind);
                     Ok(pid)
                 }
                 Err(e) => {
@@ -319,8 +343,16 @@ impl Pod {
             ProcessState::Created => Exit::now(0),
             _ => return Err(process.wrong_state("delete")),
         };
-        if let Some(stdio) = process.stdio() {
-            stdio.drained().await;
+        if let Some(stdio) = process.stdio()
+            && timeout(self.environment.timeouts.stop, stdio.drained())
+                .await
+                .is_err()
+        {
+            warn!(
+                pod = self.id(),
+                container = container.id(),
+                "output that nobody reads is dropped"
+            );
         }
         if let Ok(machine) = self.machine() {
             match machine.agent.delete_process(process.id()).await {
@@ -332,14 +364,18 @@ impl Pod {
         }
         process.exited(exit);
         process.close_stdio();
+        let pid = process.pid();
         if exec.is_empty() {
-            container.all_exited(exit);
+            for process in container.processes() {
+                process.exited(exit);
+            }
             self.forget_container(&container).await;
+            self.tell(&container, TaskEventKind::Delete { pid, exit });
             info!(pod = self.id(), container = container.id(), "deleted");
         } else {
             container.remove_exec(exec);
         }
-        Ok((process.pid(), exit))
+        Ok((pid, exit))
     }
 }
 

@@ -10,10 +10,12 @@ use tokio_util::sync::DropGuard;
 use tracing::{Instrument, error, info, info_span, warn};
 use vmm_core::vm::{ExitReason, Vm, VmError};
 
-use super::process::{Exit, KILLED};
-use super::{Machine, Phase, Pod, PodError, Result, lock, nanoseconds};
+use super::container::Container;
+use super::process::{Exit, KILLED, Process};
+use super::{Machine, Phase, Pod, PodError, Result, lock, nanoseconds, phase};
 use crate::agent::{AgentClient, AgentEvent, Connected, Limits};
 use crate::backend::MachineRequest;
+use crate::events::TaskEventKind;
 use crate::pod::MachineSize;
 
 /// Bytes that seed the guest's random pool.
@@ -54,6 +56,9 @@ impl Pod {
                 Err(e) => {
                     error!("start failed: {e}");
                     if let Some(vm) = vm {
+                        if let Some(tail) = vm.console_tail() {
+                            error!("end of the guest's console:\n{}", tail.trim_end());
+                        }
                         self.end_machine(vm).await;
                     }
                     self.settle(Exit::now(NEVER_READY), &e.to_string()).await;
@@ -84,7 +89,9 @@ impl Pod {
             let listener = vm.listen(agent_api::CONTROL_PORT).map_err(vm_error)?;
             vm.start().await.map_err(vm_error)?;
             let connected = AgentClient::connect(listener, self.limits()).await?;
+            vm.mark_phase(phase::AGENT_READY);
             connected.client.setup_sandbox(self.setup()).await?;
+            vm.mark_phase(phase::SANDBOX_SET_UP);
             Ok::<_, PodError>(connected)
         };
         let mut exited = vm.exited();
@@ -102,6 +109,7 @@ impl Pod {
         let machine = Machine {
             vm: Arc::clone(&vm),
             agent: connected.client,
+            ready: connected.ready,
         };
         *lock(&self.machine) = Some(Arc::new(machine));
         if self.advance(|phase| *phase == Phase::Starting, Phase::Ready) {
@@ -204,20 +212,44 @@ impl Pod {
     fn dispatch(&self, event: AgentEvent) {
         match event {
             AgentEvent::Exit { process, code } => {
-                let found = self
-                    .container(&process.container_id)
-                    .and_then(|container| container.process(&process.exec_id));
-                if let Ok(process) = found
-                    && process.exited(Exit::now(code))
+                if let Ok(container) = self.container(&process.container_id)
+                    && let Ok(process) = container.process(&process.exec_id)
                 {
-                    let (what, id) = process.what();
-                    info!("{what} {id} exited with {code}");
+                    self.process_exited(&container, &process, code);
                 }
             }
             AgentEvent::Oom { container_id } => {
                 warn!(container = container_id, "out of memory");
+                if let Ok(container) = self.container(&container_id) {
+                    self.tell(&container, TaskEventKind::Oom);
+                }
             }
         }
+    }
+
+    /// Records the end of a process, once.
+    fn process_exited(&self, container: &Container, process: &Process, code: u32) {
+        let exit = Exit::now(code);
+        if !process.exited(exit) {
+            return;
+        }
+        if let Ok(machine) = self.machine() {
+            machine.vm.mark_phase(phase::EXIT_SEEN);
+        }
+        let (what, id) = process.what();
+        info!(
+            pod = self.id(),
+            container = container.id(),
+            "{what} {id} exited with {code}"
+        );
+        self.tell(
+            container,
+            TaskEventKind::Exit {
+                exec_id: process.id().exec_id.clone(),
+                pid: process.pid(),
+                exit,
+            },
+        );
     }
 
     /// Stops the machine; `limit` replaces the configured time. Idempotent, and safe while
@@ -306,7 +338,9 @@ impl Pod {
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
         let mut storages = Vec::new();
         for container in &containers {
-            container.all_exited(Exit::now(KILLED));
+            for process in container.processes() {
+                self.process_exited(container, &process, KILLED);
+            }
             storages.extend(container.take_storage());
         }
         let _ = tokio::task::spawn_blocking(move || drop(storages)).await;

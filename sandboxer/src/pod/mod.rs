@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use agent_api::rpc;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -48,6 +49,7 @@ use self::tasks::TaskList;
 use crate::agent::AgentClient;
 use crate::backend::SandboxBackend;
 use crate::config::{self, Timeouts};
+use crate::events::{EventSink, TaskEvent, TaskEventKind};
 
 /// What all pods of a daemon share.
 #[derive(Debug)]
@@ -60,6 +62,8 @@ pub struct PodEnvironment {
     pub vm: config::Vm,
     /// How long to wait for what, as it applies on this host.
     pub timeouts: Timeouts,
+    /// Is told what happens to containers.
+    pub events: EventSink,
 }
 
 /// Where a pod is in its life. It only moves down this list.
@@ -96,11 +100,20 @@ impl Phase {
     }
 }
 
+/// Points in the start of a pod that its machine cannot see, for [`VmStats::phases`].
+mod phase {
+    pub(super) const AGENT_READY: &str = "agent ready";
+    pub(super) const SANDBOX_SET_UP: &str = "sandbox set up";
+    pub(super) const CONTAINER_RUNNING: &str = "container running";
+    pub(super) const EXIT_SEEN: &str = "exit seen";
+}
+
 /// The running part of a pod.
 #[derive(Debug)]
 struct Machine {
     vm: Arc<dyn Vm>,
     agent: AgentClient,
+    ready: rpc::Ready,
 }
 
 /// A pod.
@@ -252,6 +265,12 @@ impl Pod {
         self.machine().ok().map(|machine| machine.vm.stats())
     }
 
+    /// What the agent said when it was ready, while there is one.
+    #[must_use]
+    pub fn guest(&self) -> Option<rpc::Ready> {
+        self.machine().ok().map(|machine| machine.ready.clone())
+    }
+
     /// Name of the backend that runs its VM.
     #[must_use]
     pub fn backend(&self) -> &'static str {
@@ -275,6 +294,14 @@ impl Pod {
             .get(id)
             .cloned()
             .ok_or_else(|| PodError::not_found("container", id))
+    }
+
+    fn tell(&self, container: &Container, kind: TaskEventKind) {
+        self.environment.events.send(TaskEvent {
+            namespace: container.namespace().to_owned(),
+            container_id: container.id().to_owned(),
+            kind,
+        });
     }
 
     /// The machine, while the pod is ready or stopping.

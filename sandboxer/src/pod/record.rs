@@ -21,8 +21,8 @@ const VERSION: u32 = 1;
 /// Name of the record in the pod's folder.
 const FILE: &str = "sandbox.json";
 
-/// Prefix of folders that are kept because nobody knows what they hold.
-const QUARANTINE: &str = "quarantine-";
+/// Prefix of folders that are kept because nobody knows what they hold; no id has it.
+const QUARANTINE: char = '~';
 
 /// What is known of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,7 +144,8 @@ fn clean_one(pod_dir: &Path, name: &str) {
 }
 
 fn quarantine(pod_dir: &Path, name: &str) -> std::io::Result<PathBuf> {
-    let kept = pod_dir.with_file_name(format!("{QUARANTINE}{name}"));
+    let now = super::nanoseconds(std::time::SystemTime::now());
+    let kept = pod_dir.with_file_name(format!("{QUARANTINE}{name}.{now}"));
     fs::rename(pod_dir, &kept)?;
     Ok(kept)
 }
@@ -202,10 +203,10 @@ mod tests {
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
         left.sort();
-        assert_eq!(
-            left,
-            ["daemon.lock", "quarantine-corrupt", "quarantine-newer"]
-        );
-        assert!(dir.path().join("quarantine-corrupt").join(FILE).exists());
+        assert_eq!(left.len(), 3, "{left:?}");
+        assert_eq!(left[0], "daemon.lock");
+        assert!(left[1].starts_with("~corrupt."), "{left:?}");
+        assert!(left[2].starts_with("~newer."), "{left:?}");
+        assert!(dir.path().join(&left[1]).join(FILE).exists());
     }
 }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,7 @@ use crate::backend::SandboxBackend;
 use crate::backend::vmm::{BackendError, VmmBackend};
 use crate::config::Config;
 use crate::controller::{ControllerService, Pods};
+use crate::events::EventSink;
 use crate::pod::{PodEnvironment, PodError, record};
 use crate::rpc::controller::controller_server::ControllerServer;
 
@@ -97,6 +99,7 @@ impl Server {
     /// The folder or socket belongs to another daemon, or the host cannot run machines.
     pub async fn start(options: ServerOptions) -> Result<RunningServer, ServerError> {
         let folder = DaemonFolder::claim(&options.dir)?;
+        allow_many_files();
         let backend = match options.backend {
             Some(backend) => backend,
             None => Arc::new(VmmBackend::new(&options.config).await?),
@@ -111,11 +114,19 @@ impl Server {
             .await
             .map_err(|e| ServerError::io("cleaning up")(e.into()))??;
         let (listener, socket) = ListenSocket::bind(&options.listen).await?;
+        let events = options
+            .config
+            .events
+            .containerd
+            .as_deref()
+            .map(EventSink::to_containerd)
+            .unwrap_or_default();
         let pods = Arc::new(Pods::new(Arc::new(PodEnvironment {
             dir: options.dir,
             backend,
             vm: options.config.vm,
             timeouts,
+            events,
         })));
         let stop = CancellationToken::new();
         let serving = tonic::transport::Server::builder()
@@ -183,6 +194,15 @@ impl RunningServer {
         drop(socket);
         drop(folder);
         info!("stopped");
+    }
+}
+
+/// Lets this process open as many files as it may: each file a guest knows of costs one.
+fn allow_many_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(e) = raised {
+        warn!("cannot raise the limit of open files: {e}");
     }
 }
 

@@ -13,7 +13,15 @@ use super::ServerError;
 #[derive(Debug)]
 pub(super) struct ListenSocket {
     path: PathBuf,
-    inode: u64,
+    identity: Identity,
+}
+
+/// What tells one socket file from another: inode numbers alone are used again.
+type Identity = (u64, i64, i64);
+
+fn identity(path: &Path) -> std::io::Result<Identity> {
+    let meta = std::fs::symlink_metadata(path)?;
+    Ok((meta.ino(), meta.ctime(), meta.ctime_nsec()))
 }
 
 impl ListenSocket {
@@ -23,10 +31,9 @@ impl ListenSocket {
         Self::clear(path).await?;
         let listener = UnixListener::bind(path).map_err(failed())?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed())?;
-        let inode = std::fs::metadata(path).map_err(failed())?.ino();
         let socket = Self {
             path: path.to_owned(),
-            inode,
+            identity: identity(path).map_err(failed())?,
         };
         Ok((listener, socket))
     }
@@ -57,7 +64,7 @@ impl ListenSocket {
 impl Drop for ListenSocket {
     fn drop(&mut self) {
         // Not another daemon's, should one have taken the path meanwhile.
-        let ours = std::fs::metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode);
+        let ours = identity(&self.path).is_ok_and(|found| found == self.identity);
         if ours && let Err(e) = std::fs::remove_file(&self.path) {
             warn!("cannot remove {}: {e}", self.path.display());
         }

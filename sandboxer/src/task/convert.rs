@@ -1,17 +1,15 @@
 //! Between this daemon's types and the messages of the Task API.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use agent_api::rpc;
 use containerd_shim_protos::api::{Mount, StateResponse, Status};
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use protobuf::well_known_types::any::Any;
-use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use ttrpc::Code;
 
+pub(super) use crate::events::timestamp;
 use crate::pod::{Container, ErrorCode, PodError, Process, ProcessState, RootfsMount};
 
 /// `type_url` of cgroup v2 figures, bare as containerd registers it.
@@ -40,15 +38,6 @@ pub(super) fn mount(mount: Mount) -> RootfsMount {
         source: mount.source,
         target: mount.target,
         options: mount.options,
-    }
-}
-
-pub(super) fn timestamp(time: SystemTime) -> Timestamp {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp {
-        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
-        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
-        ..Default::default()
     }
 }
 

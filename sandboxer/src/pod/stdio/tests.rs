@@ -77,7 +77,12 @@ async fn output_reaches_a_reader_that_comes_and_goes() {
     stdio.process_exited();
     timeout(SOON, stdio.drained()).await.unwrap();
     let mut reader = pipe::OpenOptions::new().open_receiver(&stdout).unwrap();
-    assert_eq!(read_all(&mut reader).await, "second third");
+    let mut bytes = [0; 12];
+    timeout(SOON, reader.read_exact(&mut bytes))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(&bytes, b"second third");
 }
 
 #[tokio::test]
