@@ -30,6 +30,7 @@ pub(super) struct Cli {
 
 /// Options of every command.
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub(super) struct Global {
     /// Socket of the running daemon
     #[arg(

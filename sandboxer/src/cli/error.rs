@@ -58,14 +58,13 @@ impl CliError {
     }
 }
 
-/// An error and its causes on one line; a cause that the line already ends with is not
-/// repeated.
+/// An error and its causes on one line; a cause that the line already tells is not repeated.
 pub(super) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let text = error.to_string();
-        if !line.ends_with(&text) {
+        if !line.contains(&text) {
             line.push_str(": ");
             line.push_str(&text);
         }

@@ -66,6 +66,7 @@ fn start_log(verbose: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(output::stderr_has_colours())
         .with_writer(std::io::stderr);
     // A second subscriber in a test process is no reason to fail.
     let _ = subscriber.try_init();

@@ -15,6 +15,11 @@ pub(super) const BAD: Style = AnsiColor::Red.on_default().bold();
 pub(super) const DIM: Style = Style::new().dimmed();
 pub(super) const STRONG: Style = Style::new().bold();
 
+/// Whether colours on stderr are wanted: a terminal, and no `NO_COLOR`.
+pub(super) fn stderr_has_colours() -> bool {
+    anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never
+}
+
 /// Prints one line of JSON.
 pub(super) fn json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(value).doing(|| "write JSON".to_owned())?;
