@@ -61,6 +61,10 @@ pub enum RequestError {
     /// Less than a header, or not what the header says.
     #[error("the request's length does not fit its header")]
     Length,
+    /// A name that goes on past the end of the request. The server would refuse it too,
+    /// but log all of it first.
+    #[error("a name has no end")]
+    Name,
 }
 
 impl RequestError {
@@ -68,7 +72,7 @@ impl RequestError {
     pub fn errno(self) -> i32 {
         match self {
             Self::Address => libc::EFAULT,
-            Self::Order | Self::Length => libc::EINVAL,
+            Self::Order | Self::Length | Self::Name => libc::EINVAL,
             Self::TooLarge => libc::E2BIG,
         }
     }
@@ -95,6 +99,25 @@ impl Header {
             opcode: u32::from_le_bytes(*opcode),
             unique: u64::from_le_bytes(*unique),
         })
+    }
+
+    /// Whether the request ends with a name or two.
+    fn ends_with_name(&self) -> bool {
+        [
+            Opcode::Lookup as u32,
+            Opcode::Symlink as u32,
+            Opcode::Mknod as u32,
+            Opcode::Mkdir as u32,
+            Opcode::Unlink as u32,
+            Opcode::Rmdir as u32,
+            Opcode::Rename as u32,
+            Opcode::Rename2 as u32,
+            Opcode::Link as u32,
+            Opcode::Create as u32,
+            Opcode::Getxattr as u32,
+            Opcode::Removexattr as u32,
+        ]
+        .contains(&self.opcode)
     }
 
     /// Whether the guest waits for a reply.
@@ -274,6 +297,9 @@ impl Staging {
                 return Err(RequestError::TooLarge);
             }
             self.copy_to(guest, total)?;
+        }
+        if header.ends_with_name() && self.copy.last() != Some(&0) {
+            return Err(RequestError::Name);
         }
         let at = self.base.unchecked_add(COPY_OFFSET);
         self.memory
