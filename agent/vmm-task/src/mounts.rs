@@ -77,7 +77,7 @@ pub fn unmount(target: &Path) {
 }
 
 /// Splits mount(8) options into flags and what the file system itself understands.
-fn parse_options(options: &[String]) -> (MsFlags, String) {
+pub fn parse_options(options: &[String]) -> (MsFlags, String) {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
     for option in options {

@@ -513,6 +513,101 @@ async fn nothing_stays_behind() {
     settle(&bed, &id, &before, "with an exec").await;
 }
 
+#[tokio::test]
+async fn volumes() {
+    let Some(mut bed) = Bed::start().await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
+    std::fs::write(&file, "from outside").unwrap();
+    std::fs::create_dir(&folder).unwrap();
+    let id = unique("vol");
+    let mut spec = shell(
+        &bed,
+        "cat /etc/motd; echo x > /etc/motd; echo back > /data/new; touch /ro/x; mount | grep -c ' /proc '; \
+         cat /deep/er/new; stat -c %a /dev/shm",
+    );
+    let mut mounts = spec["mounts"].as_array().unwrap().clone();
+    let bind = |from: &std::path::Path, to: &str, mode: &str| json!({"destination": to, "type": "bind", "source": from, "options": ["rbind", "rprivate", mode]});
+    // A file and folders whose destinations do not exist, read-only and writable.
+    mounts.push(bind(&file, "/etc/motd", "ro"));
+    mounts.push(bind(&folder, "/data", "rw"));
+    mounts.push(bind(&folder, "/ro", "ro"));
+    mounts.push(bind(&folder, "/deep/er", "rw"));
+    let shm = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["mode=1777", "size=64k"]});
+    mounts.push(shm);
+    spec["mounts"] = json!(mounts);
+    // Where the destination exists, the agent mounts itself.
+    std::fs::create_dir(bed.rootfs().join("data")).unwrap();
+    let before = bed.holdings(&id);
+    let (_, out, err) = bed.run(&id, &spec).await;
+    assert_eq!(out, "from outside1\nback\n1777\n");
+    assert_eq!(err.matches("Read-only file system").count(), 2, "{err}");
+    assert_eq!(
+        std::fs::read_to_string(folder.join("new")).unwrap(),
+        "back\n"
+    );
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "from outside");
+    settle(&bed, &id, &before, "volumes").await;
+    assert!(
+        bed.rootfs().join("bin/busybox").exists(),
+        "the image is untouched"
+    );
+}
+
+#[tokio::test]
+async fn seccomp_and_privileges() {
+    let Some(mut bed) = Bed::start().await else {
+        return;
+    };
+    let id = unique("sec");
+    let script = "mkdir /tmp/a; echo mkdir $?; chroot / true; echo chroot $?; grep -E 'Seccomp:|NoNewPrivs|CapBnd' /proc/self/status";
+    let mut spec = shell(&bed, script);
+    spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_NATIVE"],
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]
+    });
+    for (nnp, shown) in [(false, "0"), (true, "1")] {
+        spec["process"]["noNewPrivileges"] = json!(nnp);
+        let (_, out, err) = bed.run(&id, &spec).await;
+        assert!(err.contains("Function not implemented"), "{err}");
+        let words: Vec<&str> = out.split_whitespace().collect();
+        let expected = [
+            "mkdir",
+            "1",
+            "chroot",
+            "0",
+            "CapBnd:",
+            "0000000000040020",
+            "NoNewPrivs:",
+            shown,
+            "Seccomp:",
+            "2",
+        ];
+        assert_eq!(words, expected);
+    }
+    // Without CAP_SYS_CHROOT and for an exec as well.
+    spec["process"]["args"] = json!(["sleep", "1000"]);
+    bed.create(&id, &spec, Stdio::default()).await.unwrap();
+    bed.start_process(&id, "").await.unwrap();
+    bed.add_exec(&id, "e", json!(["mkdir", "/tmp/b"]), outputs())
+        .await
+        .unwrap();
+    let (_out, mut err) = (
+        bed.stream(&id, "e", "stdout").await,
+        bed.stream(&id, "e", "stderr").await,
+    );
+    bed.start_process(&id, "e").await.unwrap();
+    let mut text = String::new();
+    soon(err.read_to_string(&mut text)).await.unwrap();
+    assert!(text.contains("Function not implemented"), "{text}");
+    assert_eq!(bed.exit_of(&id, "e").await.code, 1);
+    bed.signal(&id, "", 9, false).await.unwrap();
+    bed.exit_of(&id, "").await;
+    bed.delete(&id, "").await.unwrap();
+}
+
 /// Waits for killed children to be reaped, then compares.
 async fn settle(bed: &Bed, id: &str, before: &[String], what: &str) {
     let mut now = bed.holdings(id);

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod executor;
 pub mod privileges;
 pub mod process;
+pub mod rootfs;
 pub mod runtime;
 pub mod seccomp;
 pub mod spec;
@@ -20,6 +21,7 @@ use self::cgroup::Cgroup;
 use self::executor::GuestExecutor;
 use self::privileges::Privileges;
 use self::process::Process;
+use self::rootfs::Rootfs;
 use self::seccomp::Filters;
 use crate::error::AgentError;
 use crate::stdio::{self, AgentEnds, ConsoleSocket, ProcessName, Pumps};
@@ -63,6 +65,7 @@ pub struct Container {
 pub struct Remains {
     /// Its cgroup.
     pub cgroup: Cgroup,
+    _rootfs: Option<Rootfs>,
     bundle: Bundle,
 }
 
@@ -83,15 +86,20 @@ impl Container {
         let id = &request.container_id;
         let wanted = request.stdio.get_or_default();
         let path = cgroup::path_of(id);
-        let prepared = spec::prepare(&request.spec_json, path, wanted.terminal, env)?;
+        let mut prepared = spec::prepare(&request.spec_json, path, wanted.terminal, env)?;
         let mut bundle = Bundle::create(id)?;
         bundle.mount(&request.mounts)?;
+        let rootfs = Rootfs::prepare(id, &mut prepared.spec)?;
         bundle.write_spec(&prepared.spec)?;
         let cgroup = Cgroup::create(id)?;
         let (ends, kept) = stdio::open(wanted, bundle.path())?;
         let (executor, report) = GuestExecutor::new(prepared.find_home, prepared.privileges)?;
         let (runtime, pid, console) = runtime::create(id, &bundle, executor, ends)?;
-        let mut remains = Remains { cgroup, bundle };
+        let mut remains = Remains {
+            cgroup,
+            _rootfs: rootfs,
+            bundle,
+        };
         let ends = match attach(console, kept, wanted) {
             Ok(ends) => ends,
             Err(e) => {

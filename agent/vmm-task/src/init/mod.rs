@@ -13,7 +13,7 @@ use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 use tracing::{debug, warn};
 
-use crate::container::{bundle, cgroup};
+use crate::container::{bundle, cgroup, rootfs};
 use crate::sandbox::set_sysctl;
 use crate::sys;
 
@@ -77,8 +77,10 @@ pub fn prepare(guest: bool) {
             warn!("{kind} is not mounted on {target}: {e}");
         }
     }
-    if let Err(e) = fs::create_dir_all(bundle::DIR) {
-        warn!("{}: {e}", bundle::DIR);
+    for dir in [bundle::DIR, rootfs::DIR] {
+        if let Err(e) = fs::create_dir_all(dir) {
+            warn!("{dir}: {e}");
+        }
     }
     match cgroup::enable_controllers() {
         Ok(failed) => failed.iter().for_each(|f| warn!("cgroup controller {f}")),
