@@ -4,10 +4,11 @@
 //! never wait (most standard outputs) then cost no epoll calls, which matters on hosts
 //! where each guest system call takes a millisecond.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use nix::errno::Errno;
@@ -20,6 +21,21 @@ use crate::sys;
 
 const EITHER: Interest = Interest::READABLE.add(Interest::WRITABLE);
 
+/// Numbers of all open [`Fd`]s.
+static OPEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+fn open_fds() -> MutexGuard<'static, BTreeSet<RawFd>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Closes every [`Fd`] in a forked child that waits to be started. Its copies would keep
+/// other processes' streams open: a pipe ends when its last writer is gone.
+pub fn close_all_in_child() {
+    for fd in open_fds().iter() {
+        sys::close_in_child(*fd);
+    }
+}
+
 /// An owned descriptor in non-blocking mode.
 #[derive(Debug)]
 pub struct Fd {
@@ -31,6 +47,7 @@ pub struct Fd {
 impl Fd {
     /// Takes a descriptor that already has `O_NONBLOCK` set.
     pub fn new(fd: OwnedFd) -> Self {
+        open_fds().insert(fd.as_raw_fd());
         Self {
             polled: None,
             fd: Arc::new(fd),
@@ -89,7 +106,13 @@ impl Fd {
     /// Half-closes a socket: the peer reads end of file after the last byte.
     pub fn finish(&self) {
         // A peer that is gone already has its end of file.
-        let _ = shutdown(std::os::fd::AsRawFd::as_raw_fd(&*self.fd), Shutdown::Write);
+        let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Write);
+    }
+}
+
+impl Drop for Fd {
+    fn drop(&mut self) {
+        open_fds().remove(&self.fd.as_raw_fd());
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -12,6 +13,7 @@ use nix::sys::socket::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tracing::warn;
 
 use crate::fd::Fd;
 use crate::sys;
@@ -78,6 +80,8 @@ impl Endpoint {
 }
 
 const BACKLOG: i32 = 128;
+/// Between attempts to accept when the process or the machine is out of something.
+const FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket.
 #[derive(Debug)]
@@ -93,6 +97,11 @@ impl Listener {
                 Ok(fd) => return Ok(Fd::new(sys::own_fd(fd))),
                 Err(Errno::EAGAIN) => guard.clear_ready(),
                 Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+                Err(e @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)) => {
+                    // Nothing announces that there is room again.
+                    warn!("no connection can be accepted: {e}");
+                    tokio::time::sleep(FULL_PAUSE).await;
+                }
                 Err(e) => return Err(e.into()),
             }
         }

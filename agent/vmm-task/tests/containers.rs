@@ -460,6 +460,37 @@ async fn two_containers_at_once() {
 }
 
 #[tokio::test]
+async fn a_waiting_container_holds_no_stream_of_another() {
+    let Some(mut bed) = Bed::start().await else {
+        return;
+    };
+    let (waiting, id) = (unique("waits"), unique("reads"));
+    let stdio = Stdio {
+        stdin: true,
+        stdout: true,
+        ..Default::default()
+    };
+    bed.create(&id, &spec(&bed, json!(["cat"])), stdio)
+        .await
+        .unwrap();
+    let (input, mut output) = (
+        bed.stream(&id, "", "stdin").await,
+        bed.stream(&id, "", "stdout").await,
+    );
+    bed.start_process(&id, "").await.unwrap();
+    // Forked from the agent while the other's streams are open, and not started.
+    bed.create(&waiting, &spec(&bed, json!(["true"])), Stdio::default())
+        .await
+        .unwrap();
+    drop(input);
+    let mut text = String::new();
+    soon(output.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(bed.exit_of(&id, "").await.code, 0);
+    bed.delete(&id, "").await.unwrap();
+    bed.delete(&waiting, "").await.unwrap();
+}
+
+#[tokio::test]
 async fn nothing_stays_behind() {
     let Some(mut bed) = Bed::start().await else {
         return;

@@ -20,7 +20,7 @@ use nix::unistd::pipe2;
 
 use super::privileges::Privileges;
 use crate::error::AgentError;
-use crate::fd::Fd;
+use crate::fd::{self, Fd};
 use crate::sys;
 
 /// The agent's end of the report.
@@ -81,7 +81,9 @@ impl GuestExecutor {
 }
 
 impl Executor for GuestExecutor {
+    /// Called before the process waits to be started.
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
+        fd::close_all_in_child();
         Ok(())
     }
 

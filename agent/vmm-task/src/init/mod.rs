@@ -10,6 +10,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{chdir, chroot};
 use tracing::{debug, warn};
 
@@ -34,6 +35,9 @@ const MOUNTS: [(&str, &str, MsFlags, &str, bool); 7] = [
     ("tmpfs", "/run", NOSUID_NODEV, "mode=755", false),
     ("cgroup2", cgroup::ROOT, SAFE, "", false),
 ];
+
+/// The most the kernel allows by default, `fs.nr_open`.
+const OPEN_FILES: u64 = 1 << 20;
 
 const NOSUID_NOEXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC);
 const NOSUID_NODEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
@@ -88,6 +92,10 @@ pub fn prepare(guest: bool) {
     }
     if !guest {
         return;
+    }
+    // Containers inherit it unless their spec says otherwise.
+    if let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES) {
+        warn!("limit of open files: {e}");
     }
     for (target, link) in LINKS {
         if let Err(e) = symlink(target, link) {

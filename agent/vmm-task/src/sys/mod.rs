@@ -234,6 +234,15 @@ pub fn install_seccomp(
     Ok(())
 }
 
+/// Closes a descriptor in a forked child.
+pub fn close_in_child(fd: RawFd) {
+    if fork_guard::is_child() {
+        // SAFETY: the owner lives in the parent; its copy in this process is never used or
+        // dropped, since the process executes a program or exits.
+        unsafe { libc::close(fd) };
+    }
+}
+
 /// Ends a forked child at once, without running anything of the agent's.
 pub fn exit_child(code: i32) -> ! {
     // SAFETY: _exit takes a number and does not return.
