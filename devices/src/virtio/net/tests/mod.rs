@@ -62,10 +62,9 @@ fn ip(args: &str) {
 /// A tap that is up and has no IPv6, so that it sends nothing of its own.
 fn tap(name: &str, queues: u16) -> TapDevice {
     let tap = TapDevice::open(name, queues).unwrap();
-    // For the calling thread's namespace, not the process'.
-    let ipv6 = format!("/proc/thread-self/net/../../sys/net/ipv6/conf/{name}/disable_ipv6");
-    let _ = std::fs::write(ipv6, "1");
-    ip(&format!("link set {name} addrgenmode none"));
+    // Where there is no IPv6 it cannot be switched off either. The file is that of the
+    // calling thread's namespace.
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
     ip(&format!("link set {name} up"));
     tap
 }
@@ -77,6 +76,11 @@ struct Wire {
 
 impl Wire {
     fn new(interface: &str) -> Self {
+        Self::of_type(interface, ETHERTYPE)
+    }
+
+    /// Receives frames of another type only.
+    fn of_type(interface: &str, ethertype: u16) -> Self {
         let socket = socket(
             AddressFamily::Packet,
             SockType::Raw,
@@ -88,7 +92,7 @@ impl Wire {
         // SAFETY: all zero is a valid address.
         let mut raw: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         raw.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
-        raw.sll_protocol = ETHERTYPE.to_be();
+        raw.sll_protocol = ethertype.to_be();
         raw.sll_ifindex = i32::try_from(index).unwrap();
         let len = libc::socklen_t::try_from(size_of_val(&raw)).unwrap();
         // SAFETY: a complete sockaddr_ll of this length.
@@ -101,6 +105,26 @@ impl Wire {
 
     fn send(&self, frame: &[u8]) {
         send(self.socket.as_raw_fd(), frame, MsgFlags::empty()).unwrap();
+    }
+
+    /// Sends a frame with a virtio header of 10 bytes: one that the kernel may have to cut.
+    fn send_unfinished(&self, header: [u8; 10], frame: &[u8]) {
+        /// linux/if_packet.h
+        const PACKET_VNET_HDR: libc::c_int = 15;
+        let on: libc::c_int = 1;
+        let len = libc::socklen_t::try_from(size_of_val(&on)).unwrap();
+        // SAFETY: the kernel reads one int.
+        let done = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                PACKET_VNET_HDR,
+                (&raw const on).cast(),
+                len,
+            )
+        };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+        self.send(&[&header[..], frame].concat());
     }
 
     /// The next frame of ours.
