@@ -128,6 +128,17 @@ impl Found {
         self.status.as_ref().map_or("GONE", |s| s.state.as_str())
     }
 
+    /// The same in a word, finer than what the Controller's states tell.
+    pub(super) fn phase(&self) -> &str {
+        let told = self.info.get("processStatus").and_then(Value::as_str);
+        match (told, self.status.is_some()) {
+            (Some("not ready"), _) => "ended",
+            (Some(told), _) => told,
+            (None, true) => "unknown",
+            (None, false) => "gone",
+        }
+    }
+
     pub(super) fn is_ready(&self) -> bool {
         self.state() == READY
     }

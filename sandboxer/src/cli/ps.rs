@@ -17,6 +17,8 @@ struct PodView {
     id: String,
     name: Option<String>,
     state: String,
+    /// ready, starting, ended, gone, ...
+    phase: String,
     reason: Option<String>,
     image: Option<String>,
     command: Vec<String>,
@@ -79,6 +81,7 @@ async fn view(found: &Found) -> PodView {
         id: found.pod.id.clone(),
         name: record.and_then(|r| r.name.clone()),
         state: found.state().to_owned(),
+        phase: found.phase().to_owned(),
         reason: found.reason().map(str::to_owned),
         image: record.map(|r| r.image.clone()),
         command: record.map(|r| r.command.clone()).unwrap_or_default(),
@@ -92,11 +95,7 @@ async fn view(found: &Found) -> PodView {
 /// One row per container, or one for a pod without any.
 fn rows(pod: &PodView) -> Vec<[String; 8]> {
     let dash = || "-".to_owned();
-    let state = match pod.state.as_str() {
-        "SANDBOX_READY" => "ready",
-        "SANDBOX_NOTREADY" => "ended",
-        _ => "gone",
-    };
+    let state = &pod.phase;
     let age = pod.created_at_ns.map(|ns| {
         let at = UNIX_EPOCH
             .checked_add(Duration::from_nanos(ns))
@@ -107,7 +106,7 @@ fn rows(pod: &PodView) -> Vec<[String; 8]> {
         [
             pod.id.clone(),
             pod.name.clone().unwrap_or_else(dash),
-            state.to_owned(),
+            state.clone(),
             container,
             pod.image.clone().unwrap_or_else(dash),
             age.clone().unwrap_or_else(dash),
@@ -145,6 +144,7 @@ mod tests {
             id: "abc".to_owned(),
             name: None,
             state: "SANDBOX_READY".to_owned(),
+            phase: "ready".to_owned(),
             reason: None,
             image: Some("i.tar".to_owned()),
             command: Vec::new(),
