@@ -3,6 +3,7 @@
 
 use std::env;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
 
 use guest_image::{Cache, GuestImage, Initramfs, KernelArtifact, KernelRecipe, Progress, Result};
 
@@ -22,7 +23,17 @@ fn show() -> impl FnMut(Progress) {
     }
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<()> {
     let cache = Cache::locate()?;
     let recipe = KernelRecipe::locate()?;
     let mut show = show();

@@ -71,10 +71,11 @@ impl Options {
         Self(set.collect())
     }
 
-    /// These options on top of a base configuration.
+    /// These options on top of a base configuration. They come last: among the
+    /// members of a choice the kernel takes the last one that is set.
     pub fn on_top_of(&self, base: &str) -> String {
-        let mut options = Self::from_config(base).0;
-        options.extend(self.0.clone());
+        let base = Self::from_config(base).0;
+        let kept = base.iter().filter(|(name, _)| !self.0.contains_key(*name));
         let line = |(option, value): (&String, &String)| {
             if value == OFF {
                 format!("# {option} is not set\n")
@@ -82,7 +83,7 @@ impl Options {
                 format!("{option}={value}\n")
             }
         };
-        options.iter().map(line).collect()
+        kept.chain(&self.0).map(line).collect()
     }
 
     /// The options that are not so in a finished configuration.
@@ -151,12 +152,12 @@ mod tests {
     }
 
     #[test]
-    fn goes_on_top_of_a_base() {
-        let base = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_Z=1\n";
-        let merged = options("CONFIG_B=y\n# CONFIG_A is not set\n").unwrap();
+    fn comes_after_a_base_without_what_it_replaces() {
+        let base = "CONFIG_HZ_250=y\n# CONFIG_B is not set\n";
+        let merged = options("CONFIG_B=y\nCONFIG_HZ_100=y\n").unwrap();
         assert_eq!(
             merged.on_top_of(base),
-            "# CONFIG_A is not set\nCONFIG_B=y\nCONFIG_Z=1\n"
+            "CONFIG_HZ_250=y\nCONFIG_B=y\nCONFIG_HZ_100=y\n"
         );
     }
 
