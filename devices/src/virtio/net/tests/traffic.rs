@@ -252,7 +252,7 @@ fn large_segments_are_cut_only_if_they_have_to_be() {
             let wire = Wire::of_type("tap0", 0x0800);
             nic.provide(0, 100, 2048);
             wire.send_unfinished(header, &segment);
-            let mut data = Vec::new();
+            let mut data: Vec<u8> = Vec::new();
             for _ in 0..frames {
                 data.extend(&nic.receive(0).0[54..]);
             }
