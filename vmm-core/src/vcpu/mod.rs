@@ -120,7 +120,23 @@ impl VcpuGroup {
             let thread = threads.start(&format!("vcpu{index}"), work)?;
             self.lock_threads().push(thread);
         }
+        self.wait_for_threads();
         Ok(())
+    }
+
+    /// Waits until every thread has taken its seat or ended.
+    fn wait_for_threads(&self) {
+        let mut control = self.lock();
+        let absent = |control: &Control| {
+            let mut seats = control.states.iter().zip(&control.tids);
+            seats.any(|(state, tid)| tid.is_none() && *state != VcpuState::Stopped)
+        };
+        while absent(&control) {
+            control = self
+                .changed
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Lets the vCPUs run, for the first time or again.
@@ -248,6 +264,7 @@ impl Seat<'_> {
         if let Some(slot) = self.group.lock().tids.get_mut(self.index) {
             *slot = Some(tid);
         }
+        self.group.changed.notify_all();
     }
 
     /// Waits until the target says run, and tells the state before; `None` when it says
