@@ -4,10 +4,12 @@
 //!   [`task`] the Task API of each pod.
 //! - [`pod`] is a pod with its containers; [`agent`] talks to the agent in its guest and
 //!   [`backend`] makes the machine it runs in.
-//! - [`events`] tells containerd what happened, [`config`] is the configuration file and [`rpc`] the generated gRPC code.
+//! - [`events`] tells containerd what happened, [`config`] is the configuration file and
+//!   [`rpc`] the generated gRPC code.
 
 pub mod agent;
 pub mod backend;
+pub mod causes;
 pub mod cli;
 pub mod config;
 pub mod controller;

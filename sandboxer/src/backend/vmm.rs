@@ -52,11 +52,11 @@ impl VmmBackend {
     /// # Errors
     /// KVM cannot be used, or there is no guest to boot.
     pub async fn new(config: &Config) -> Result<Self, BackendError> {
-        let guest = config.vm.guest_files()?;
         // The probe runs a throw-away VM.
         let host = tokio::task::spawn_blocking(Host::probe)
             .await
             .map_err(|e| HostError::Probe(e.to_string()))??;
+        let guest = config.vm.guest_files()?;
         Ok(Self {
             host,
             guest,

@@ -1,10 +1,12 @@
 //! The resident daemon of a node: pods in microVMs for containerd, iSulad and `kuasar-ctl`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use sandboxer::causes::with_causes;
 use sandboxer::config::Config;
 use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, Server, ServerOptions};
 use tokio::signal::unix::{SignalKind, signal};
@@ -44,7 +46,7 @@ fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("vmm-sandboxer: {e}");
+            eprintln!("vmm-sandboxer: {}", with_causes(e.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -74,6 +76,7 @@ fn start_logging(level: Option<&str>, config: &Config) -> Result<(), Box<dyn std
         .map_err(|e| format!("{source} = {level:?}: {e}; use for instance \"info\""))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     Ok(())

@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 
 pub use pods::Pods;
 
+use crate::causes::with_causes;
 use crate::pod::{ErrorCode, Phase, PodError, PodRequest, TASKS_EXTENSION};
 use crate::rpc::controller as api;
 use crate::rpc::controller::controller_server::Controller;
@@ -193,7 +194,7 @@ impl From<PodError> for Status {
             ErrorCode::Cancelled => tonic::Code::Aborted,
             code => tonic::Code::from_i32(code as i32),
         };
-        Self::new(code, error.to_string())
+        Self::new(code, with_causes(&error))
     }
 }
 

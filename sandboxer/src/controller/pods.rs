@@ -103,7 +103,7 @@ impl Pods {
                 entry.pod.start().await
             }
             Err(e) => {
-                entry.pod.stop(None).await?;
+                entry.pod.fail_start(&e).await;
                 Err(e)
             }
         }

@@ -15,6 +15,7 @@ use super::process::{Exit, KILLED, Process};
 use super::{Machine, Phase, Pod, PodError, Result, lock, nanoseconds, phase};
 use crate::agent::{AgentClient, AgentEvent, Connected, Limits};
 use crate::backend::MachineRequest;
+use crate::causes::with_causes;
 use crate::events::TaskEventKind;
 use crate::pod::MachineSize;
 
@@ -49,25 +50,31 @@ impl Pod {
             match self.boot(&mut vm).await {
                 Ok(events) => {
                     let watcher = Arc::clone(self).watch(events);
-                    tokio::spawn(watcher.instrument(info_span!("pod", pod = self.id())));
+                    tokio::spawn(watcher.in_current_span());
                     info!("ready");
                     Ok(())
                 }
                 Err(e) => {
-                    error!("start failed: {e}");
                     if let Some(vm) = vm {
                         if let Some(tail) = vm.console_tail() {
                             error!("end of the guest's console:\n{}", tail.trim_end());
                         }
                         self.end_machine(vm).await;
                     }
-                    self.settle(Exit::now(NEVER_READY), &e.to_string()).await;
+                    self.fail_start(&e).await;
                     Err(e)
                 }
             }
         }
         .instrument(span)
         .await
+    }
+
+    /// Ends a start that cannot go on.
+    pub async fn fail_start(&self, error: &PodError) {
+        let reason = with_causes(error);
+        error!(pod = self.id(), "start failed: {reason}");
+        self.settle(Exit::now(NEVER_READY), &reason).await;
     }
 
     /// Makes a start that is under way fail when the guard is dropped.
@@ -264,21 +271,14 @@ impl Pod {
             self.settle(Exit::now(0), "never started").await;
         } else if self.advance(|phase| *phase == Phase::Ready, Phase::Stopping) {
             info!(pod = self.id(), "stopping");
-            if let Ok(machine) = self.machine() {
-                let pod = Arc::clone(self);
-                let ending = async move { pod.power_off(&machine, limit).await };
-                // Carried on when the caller does not wait for it.
-                let done = self.operations.spawn(ending).await;
-                if let Ok(Err(source)) = done {
-                    return Err(PodError::Vm {
-                        pod: self.id().to_owned(),
-                        source,
-                    });
-                }
-            }
+            self.end(limit, true).await?;
         }
-        // A start that is given up needs the time of a stop as well.
+        // A start that is given up, or another stop, needs its time as well.
         let settled = limit.saturating_mul(2);
+        if timeout(settled, self.wait()).await.is_ok() {
+            return Ok(());
+        }
+        self.end(limit, false).await?;
         timeout(settled, self.wait())
             .await
             .map(drop)
@@ -291,12 +291,29 @@ impl Pod {
             })
     }
 
-    /// Lets the guest flush and power off, then ends the machine whatever it did.
-    async fn power_off(
-        &self,
-        machine: &Machine,
-        limit: Duration,
-    ) -> std::result::Result<(), VmError> {
+    /// Ends the machine, if there is one, even when the caller does not wait for it.
+    async fn end(self: &Arc<Self>, limit: Duration, gracefully: bool) -> Result<()> {
+        let Ok(machine) = self.machine() else {
+            return Ok(());
+        };
+        let pod = Arc::clone(self);
+        let ending = async move {
+            if gracefully {
+                pod.power_off(&machine, limit).await;
+            }
+            machine.vm.stop(limit).await
+        };
+        match self.operations.spawn(ending).await {
+            Ok(Err(source)) => Err(PodError::Vm {
+                pod: self.id().to_owned(),
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the guest flush and power off.
+    async fn power_off(&self, machine: &Machine, limit: Duration) {
         let mut exited = machine.vm.exited();
         let graceful = async {
             if let Err(e) = machine.agent.shutdown().await {
@@ -308,7 +325,6 @@ impl Pod {
         if timeout(limit, graceful).await.is_err() {
             warn!(pod = self.id(), "the guest did not power off in {limit:?}");
         }
-        machine.vm.stop(limit).await
     }
 
     /// Waits until the pod's machine has ended and everything it held is released.
@@ -327,7 +343,11 @@ impl Pod {
     /// Ends the machine and frees it where blocking is allowed.
     async fn end_machine(&self, vm: Arc<dyn Vm>) {
         if let Err(e) = vm.stop(self.environment.timeouts.stop).await {
-            error!(pod = self.id(), "cannot stop the machine: {e}");
+            error!(
+                pod = self.id(),
+                "cannot stop the machine: {}",
+                with_causes(&e)
+            );
         }
         // Dropping joins threads.
         let _ = tokio::task::spawn_blocking(move || drop(vm)).await;

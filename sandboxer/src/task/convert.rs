@@ -9,12 +9,15 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use ttrpc::Code;
 
+use crate::causes::with_causes;
 pub(super) use crate::events::timestamp;
 use crate::pod::{Container, ErrorCode, PodError, Process, ProcessState, RootfsMount};
 
 /// `type_url` of cgroup v2 figures, bare as containerd registers it.
 const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
+// Taken by value to be the argument of `map_err`.
+#[allow(clippy::needless_pass_by_value)]
 pub(super) fn into_ttrpc(error: PodError) -> ttrpc::Error {
     let code = match error.code() {
         ErrorCode::Cancelled => Code::ABORTED,
@@ -29,7 +32,7 @@ pub(super) fn into_ttrpc(error: PodError) -> ttrpc::Error {
         ErrorCode::Internal => Code::INTERNAL,
         ErrorCode::Unavailable => Code::UNAVAILABLE,
     };
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, error))
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, with_causes(&error)))
 }
 
 pub(super) fn mount(mount: Mount) -> RootfsMount {
