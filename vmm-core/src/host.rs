@@ -114,8 +114,9 @@ impl Host {
     /// be rarer, each of which costs milliseconds.
     /// The emulator lacks the XSAVE family, POPCNT, CMPXCHG16B and SMAP's instructions.
     /// Without ERMS and FSRM the kernel copies by 8-byte string moves, which the emulator
-    /// does about three times faster. The timer check, the mitigations and high-resolution
-    /// ticks only cost time there.
+    /// does about three times faster. The timer check, the mitigations, high-resolution
+    /// ticks, write-protecting the kernel, sysfs entries of slabs and of built-in modules
+    /// and every line on the console only cost time there.
     #[must_use]
     pub fn kernel_parameters(&self) -> &'static [&'static str] {
         if self.emulated_ring0() {
@@ -128,6 +129,12 @@ impl Host {
                 "no_timer_check",
                 "highres=off",
                 "pci=off",
+                "rodata=off",
+                "noreplace-smp",
+                "rootfstype=ramfs",
+                "initcall_blacklist=slab_sysfs_init,param_sysfs_builtin_init",
+                "quiet",
+                "task.log_level=warn",
             ]
         } else {
             &[]

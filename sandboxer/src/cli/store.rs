@@ -109,17 +109,19 @@ impl PodStore {
                     .next(format!("`kuasar-ctl rm {name}`, or choose another name")),
             );
         }
+        let create = |dir: &Path| {
+            let made = DirBuilder::new().mode(0o700).create(dir);
+            made.doing(|| format!("create {}", dir.display()))
+        };
+        let state = self.pods.join(&record.id);
+        create(&state)?;
+        // Owned only now: a folder that was there belongs to another pod.
         let folder = PodFolder {
-            state: self.pods.join(&record.id),
+            state,
             data: self.containers.join(&record.id),
             kept: false,
         };
-        for dir in [&folder.state, &folder.data] {
-            DirBuilder::new()
-                .mode(0o700)
-                .create(dir)
-                .doing(|| format!("create {}", dir.display()))?;
-        }
+        create(&folder.data)?;
         record.data.clone_from(&folder.data);
         folder.write(record)?;
         Ok(folder)

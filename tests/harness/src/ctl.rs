@@ -53,7 +53,7 @@ impl Ctl {
         Self {
             address: daemon.address(),
             dir: daemon.state_dir(),
-            limit: Duration::from_secs(240),
+            limit: Duration::from_secs(900),
         }
     }
 
