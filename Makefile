@@ -29,7 +29,7 @@ test: setup agent ## Set up, build, and run all tests
 	$(STEP) "build the CLI and the daemon" -- $(CARGO) build --workspace --bins
 	$(MAKE) --no-print-directory guest PROFILE=debug
 	$(STEP) "unit and integration tests" -- $(CARGO) test --workspace --exclude e2e
-	$(STEP) "end-to-end tests" -- $(CARGO) test -p e2e -- --test-threads=2 --show-output
+	$(STEP) "end-to-end tests" -- $(CARGO) test -p e2e -- --test-threads=1 --nocapture
 
 .PHONY: setup
 setup: ## Install what is missing (apt, when root)

@@ -19,12 +19,12 @@ fn a_foreground_run_passes_everything_through_and_leaves_nothing() {
     let rootfs = world.rootfs.to_str().unwrap();
     #[rustfmt::skip]
     let run = world.ctl.run_with_stdin([
-        "run", "-i", "--cpus", "2", "--memory", "192MiB", "--env", "A=1", "--workdir", "/tmp",
+        "run", "-i", "--memory", "192MiB", "--env", "A=1", "--workdir", "/tmp",
         "--user", "demo", "--hostname", "short", "--rootfs", rootfs, "--",
-        "/bin/sh", "-c", "read line; echo $line $A $(pwd) $(id -u) $(hostname) $(nproc); echo bad >&2; exit 7",
+        "/bin/sh", "-c", "read line; echo $line $A $(pwd) $(id -u) $(hostname); echo bad >&2; exit 7",
     ], b"typed\n");
     run.expect_code(7);
-    assert_eq!(run.stdout, "typed 1 /tmp 1000 short 2\n");
+    assert_eq!(run.stdout, "typed 1 /tmp 1000 short\n");
     assert!(run.stderr.contains("bad"), "{run:?}");
     world.assert_nothing_left(&[]);
 
