@@ -153,9 +153,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn round_trips(c in "[A-Za-z0-9_.+-]{1,256}", e in "[A-Za-z0-9_.+-]{0,256}", k in 0..3) {
+        fn round_trips(c in "[A-Za-z0-9_.+-]{1,256}", e in "[A-Za-z0-9_.+-]{0,256}", k in 0..3_usize) {
             prop_assume!(valid_id(&c) && (e.is_empty() || valid_id(&e)));
-            let kind = [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr][k as usize];
+            let kind = [StreamKind::Stdin, StreamKind::Stdout, StreamKind::Stderr][k];
             let id = StreamId { container_id: c, exec_id: e, kind };
             let line = id.to_string();
             prop_assert!(line.len() < MAX_HEADER_BYTES);

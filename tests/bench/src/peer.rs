@@ -34,6 +34,18 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// Our own VMM as a process like the others: the `boot` example of `vmm-core`.
+    #[must_use]
+    pub fn ours(name: &'static str, program: PathBuf) -> Self {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Self {
+            name,
+            version,
+            program,
+            args: boot_example,
+        }
+    }
+
     /// Every peer whose program is on the PATH, and a reason for each that is not.
     #[must_use]
     pub fn find() -> (Vec<Self>, Vec<String>) {
@@ -146,6 +158,18 @@ fn first_line(program: &Path) -> String {
 
 fn strings(args: &[&str]) -> Vec<String> {
     args.iter().map(|a| (*a).to_owned()).collect()
+}
+
+fn boot_example(guest: &Guest, _: &Path) -> Vec<String> {
+    let mut args = vec![
+        guest.kernel.display().to_string(),
+        guest.initramfs.display().to_string(),
+        "1".to_owned(),
+        guest.memory_mib.to_string(),
+    ];
+    // It adds what the host needs by itself; what comes last wins.
+    args.extend(strings(&["loglevel=7"]));
+    args
 }
 
 fn qemu(guest: &Guest, accel: &[&str], machine: &str, extra: &str) -> Vec<String> {

@@ -36,7 +36,7 @@ impl World {
         let rootfs = harness::rootfs::busybox(scratch.path());
         let daemon = Daemon::start("");
         let ctl = Ctl::new(&daemon);
-        let before = Held::by(&daemon, &[]);
+        let before = Held::by(&daemon);
         Self {
             ctl,
             rootfs,
@@ -54,8 +54,8 @@ impl World {
 
     /// Fails the test unless the daemon holds what it held before the first pod.
     #[track_caller]
-    pub fn assert_nothing_left(&self, pods: &[&str]) {
-        self.before.assert_back(&self.daemon, pods);
+    pub fn assert_nothing_left(&self) {
+        self.before.assert_back(&self.daemon);
     }
 }
 

@@ -26,14 +26,14 @@ fn a_foreground_run_passes_everything_through_and_leaves_nothing() {
     run.expect_code(7);
     assert_eq!(run.stdout, "typed 1 /tmp 1000 short\n");
     assert!(run.stderr.contains("bad"), "{run:?}");
-    world.assert_nothing_left(&[]);
+    world.assert_nothing_left();
 
     // The command is missing: the pod is undone, and the code is the shell's.
     let missing = world
         .ctl
         .run(["run", "--rootfs", rootfs, "--", "/no/such/program"]);
     missing.expect_code(127);
-    world.assert_nothing_left(&[]);
+    world.assert_nothing_left();
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn a_deadline_ends_the_pod() {
     ]);
     run.expect_code(124);
     assert_eq!(run.stdout, "begun\n");
-    world.assert_nothing_left(&[]);
+    world.assert_nothing_left();
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn a_guest_kernel_panic_ends_that_pod_only() {
 
     world.ctl.run(["rm", "--force", "doomed"]).expect_code(0);
     world.ctl.run(["rm", "--force", "witness"]).expect_code(0);
-    world.assert_nothing_left(&["doomed", "witness"]);
+    world.assert_nothing_left();
 }
 
 #[test]

@@ -21,16 +21,16 @@ pub struct Held {
     pub mounts: Vec<String>,
     /// Child processes of the daemon.
     pub children: Vec<String>,
-    /// Cgroups named after the daemon's pods.
+    /// Every cgroup of the host.
     pub cgroups: BTreeSet<String>,
     /// Files and folders in the daemon's state folder.
     pub files: BTreeSet<String>,
 }
 
 impl Held {
-    /// What `daemon` holds now; `pods` are the ids whose cgroups count.
+    /// What `daemon` holds now.
     #[must_use]
-    pub fn by(daemon: &Daemon, pods: &[&str]) -> Self {
+    pub fn by(daemon: &Daemon) -> Self {
         let proc_dir = format!("/proc/{}", daemon.pid());
         let mut held = Self {
             vm_threads: vm_threads(&proc_dir),
@@ -51,9 +51,7 @@ impl Held {
             held.files.insert(path.to_string_lossy().into_owned());
         });
         walk(Path::new("/sys/fs/cgroup"), &mut |path| {
-            if let Some(name) = path.file_name().map(|n| n.to_string_lossy().into_owned())
-                && pods.iter().any(|pod| name.contains(pod))
-            {
+            if path.is_dir() {
                 held.cgroups.insert(path.to_string_lossy().into_owned());
             }
         });
@@ -68,12 +66,12 @@ impl Held {
     /// # Panics
     /// When something remains; the message names it.
     #[track_caller]
-    pub fn assert_back(&self, daemon: &Daemon, pods: &[&str]) {
+    pub fn assert_back(&self, daemon: &Daemon) {
         let mut last = Self::default();
         let limit = Duration::from_secs(10);
         let start = std::time::Instant::now();
         let back = eventually("reading the daemon's tables", limit * 2, || {
-            last = Self::by(daemon, pods);
+            last = Self::by(daemon);
             let same = last.fds <= self.fds
                 && last.vm_threads == self.vm_threads
                 && last.vm_fds == self.vm_fds
