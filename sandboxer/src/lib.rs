@@ -15,6 +15,7 @@ pub mod config;
 pub mod controller;
 pub mod events;
 pub mod image;
+pub mod log;
 pub mod pod;
 pub mod rpc;
 pub mod server;

@@ -11,7 +11,6 @@ use sandboxer::config::Config;
 use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, Server, ServerOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
-use tracing_subscriber::EnvFilter;
 
 /// How long all pods together may take to stop when the daemon is told to end, before the
 /// factor for slow hosts.
@@ -72,7 +71,7 @@ fn start_logging(level: Option<&str>, config: &Config) -> Result<(), Box<dyn std
         Some(level) => ("--log-level", level),
         None => ("sandbox.log_level", config.sandbox.log_level.as_str()),
     };
-    let filter = EnvFilter::try_new(level)
+    let filter = sandboxer::log::filter(level)
         .map_err(|e| format!("{source} = {level:?}: {e}; use for instance \"info\""))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -34,6 +34,7 @@ use tracing_subscriber::EnvFilter;
 
 use self::args::{Cli, Command};
 use self::error::{Doing, OWN_ERROR, Result};
+use crate::log;
 
 /// Runs the command line of this process.
 #[must_use]
@@ -63,7 +64,9 @@ pub fn main() -> ExitCode {
 /// `RUST_LOG` decides; otherwise errors only, or with --verbose each step of the daemon.
 fn start_log(verbose: bool) {
     let default = if verbose { "info" } else { "error" };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let wanted = std::env::var(EnvFilter::DEFAULT_ENV).unwrap_or_default();
+    let filter = log::filter(if wanted.is_empty() { default } else { &wanted })
+        .unwrap_or_else(|_| EnvFilter::new(default));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(output::stderr_has_colours())
