@@ -76,9 +76,6 @@ pub enum ConfigError {
     /// `engine`: io_uring was asked for.
     #[error("engine io_uring: {0}; use engine auto or sync")]
     Uring(String),
-    /// No fds, threads or memory.
-    #[error("cannot set up the block device: {0}")]
-    System(String),
 }
 
 impl BlockConfig {

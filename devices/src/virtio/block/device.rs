@@ -13,7 +13,8 @@ use crate::virtio::{
     config,
 };
 
-/// A virtio block device; empty until something is attached through its handle.
+/// A virtio block device; empty until something is attached through its handle. Dropping
+/// it closes what is attached.
 #[derive(Debug)]
 pub struct Block {
     config: BlockConfig,
@@ -191,5 +192,6 @@ impl VirtioDevice for Block {
 impl Drop for Block {
     fn drop(&mut self) {
         self.reset();
+        self.slot.close();
     }
 }

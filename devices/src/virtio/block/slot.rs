@@ -131,6 +131,13 @@ impl Slot {
         })
     }
 
+    /// The device is gone: closes the backing.
+    pub(super) fn close(&self) {
+        self.sectors.store(0, Ordering::Release);
+        let taken = self.lock().backing.take();
+        drop(taken);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

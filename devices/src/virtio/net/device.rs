@@ -17,6 +17,7 @@ use crate::virtio::{
 };
 
 /// A virtio network device; its link is down until a tap is attached through its handle.
+/// Dropping it closes the tap.
 #[derive(Debug)]
 pub struct Net {
     config: NetConfig,
@@ -174,5 +175,6 @@ impl VirtioDevice for Net {
 impl Drop for Net {
     fn drop(&mut self) {
         self.reset();
+        self.link.close();
     }
 }

@@ -169,6 +169,10 @@ impl NetHandler {
         if rx {
             self.pump_rx(index)?;
         }
+        // A tap reports neither hang-up nor error before its interface is gone.
+        if let (true, Some(pair)) = (source == 2 && ready.hangup, self.pairs.get_mut(index)) {
+            pair.rx_stopped = Stopped::Lost;
+        }
         self.settle(lp, index)
     }
 

@@ -246,6 +246,11 @@ impl Link {
         self.applied.notify_all();
     }
 
+    /// The device is gone: closes the tap.
+    pub(super) fn close(&self) {
+        self.lock().tap = None;
+    }
+
     /// The connection if it is not the one of `generation`.
     pub(super) fn newer(&self, generation: Option<u64>) -> Option<Connection> {
         let state = self.lock();

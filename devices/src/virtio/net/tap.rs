@@ -183,6 +183,7 @@ fn offload_flags(features: u64) -> u32 {
     if !has(VIRTIO_NET_F_GUEST_CSUM) {
         return 0;
     }
+    let segments = has(VIRTIO_NET_F_GUEST_TSO4) || has(VIRTIO_NET_F_GUEST_TSO6);
     let pairs = [
         (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
         (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
@@ -193,6 +194,8 @@ fn offload_flags(features: u64) -> u32 {
     pairs
         .iter()
         .filter(|(feature, _)| has(*feature))
+        // The kernel refuses congestion marks of segments that there are none of.
+        .filter(|(feature, _)| segments || *feature != VIRTIO_NET_F_GUEST_ECN)
         .fold(0, |flags, (_, flag)| flags | flag)
 }
 
@@ -326,6 +329,8 @@ mod tests {
             offload_flags(all),
             libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_UFO
         );
+        let marks = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_ECN;
+        assert_eq!(offload_flags(marks), libc::TUN_F_CSUM);
     }
 
     #[test]
