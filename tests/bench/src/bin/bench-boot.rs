@@ -177,7 +177,7 @@ fn push(into: &mut Vec<(String, Vec<f64>)>, name: &str, sample: f64) {
     }
 }
 
-/// The first value named `key`, at any depth; strings that hold JSON are looked into as well.
+/// The first value named `key`, at any depth.
 fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
     match value {
         Value::Object(map) => map
