@@ -133,6 +133,8 @@ impl NetHandler {
                 let Ok(index) = usize::try_from(token / 3) else {
                     return Ok(());
                 };
+                // Before the wake-up that announces it: see `Outlet::Down`.
+                self.connect(lp)?;
                 self.pair_ready(lp, index, token % 3, ready)
             }
         }
@@ -222,10 +224,7 @@ impl NetHandler {
         let Some(pair) = self.pairs.get_mut(index) else {
             return Ok(());
         };
-        let outlet = self
-            .connection
-            .as_ref()
-            .and_then(|connection| outlet(connection, index));
+        let outlet = outlet(&self.link, self.connection.as_ref(), index);
         pair.tx_stopped = pair.tx.pump(
             outlet,
             &mut self.tx_limiter,
@@ -346,13 +345,18 @@ fn receiver(connection: &Connection, index: usize) -> Option<BorrowedFd<'_>> {
 }
 
 /// Where pair `index` sends: its own tap queue, or one that it shares.
-fn outlet(connection: &Connection, index: usize) -> Option<Outlet<'_>> {
+fn outlet<'a>(link: &'a Link, connection: Option<&'a Connection>, index: usize) -> Outlet<'a> {
+    let generation = connection.map(|connection| connection.generation);
+    let down = Outlet::Down { link, generation };
+    let Some(connection) = connection else {
+        return down;
+    };
     if let Some(tap) = receiver(connection, index) {
-        return Some(Outlet { tap, waits: true });
+        return Outlet::Own(tap);
     }
     // A tap queue can only be watched by the pair that it belongs to.
-    let tap = connection.tap.as_ref()?.queue(index)?;
-    Some(Outlet { tap, waits: false })
+    let shared = connection.tap.as_ref().and_then(|tap| tap.queue(index));
+    shared.map_or(down, Outlet::Shared)
 }
 
 fn watch(

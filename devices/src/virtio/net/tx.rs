@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use virtio_queue::{QueueOwnedT, QueueT};
 
 use super::limiter::Limiter;
-use super::link::Counters;
+use super::link::{Counters, Link};
 use super::{HEADER_BYTES, MAX_DESCRIPTORS, MAX_FRAME_BYTES, MAX_FRAMES_PER_EVENT};
 use crate::virtio::chain::Chain;
 use crate::virtio::notify::{self, QueueError};
@@ -31,10 +31,16 @@ pub(super) enum Stopped {
 
 /// Where frames go.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Outlet<'a> {
-    pub(super) tap: BorrowedFd<'a>,
-    /// Frames wait until the tap has room; otherwise they are dropped.
-    pub(super) waits: bool,
+pub(super) enum Outlet<'a> {
+    /// The pair's own tap queue: frames wait until it has room.
+    Own(BorrowedFd<'a>),
+    /// A tap queue of another pair: frames are dropped when it is full.
+    Shared(BorrowedFd<'a>),
+    /// There was no tap at this generation: frames are dropped, unless one has come since.
+    Down {
+        link: &'a Link,
+        generation: Option<u64>,
+    },
 }
 
 /// One transmit queue.
@@ -56,10 +62,10 @@ impl TxQueue {
         }
     }
 
-    /// Sends frames to `outlet`; without one they are dropped.
+    /// Sends frames to `outlet`.
     pub(super) fn pump(
         &mut self,
-        outlet: Option<Outlet<'_>>,
+        outlet: Outlet<'_>,
         limiter: &mut Limiter,
         counters: &Counters,
         interrupt: &dyn Interrupt,
@@ -73,7 +79,7 @@ impl TxQueue {
 
     fn send(
         &mut self,
-        outlet: Option<Outlet<'_>>,
+        outlet: Outlet<'_>,
         limiter: &mut Limiter,
         counters: &Counters,
     ) -> Result<Stopped, QueueError> {
@@ -92,7 +98,14 @@ impl TxQueue {
             let head = descriptors.head_index();
             let loaded = self.chain.load(descriptors, MAX_DESCRIPTORS).is_ok();
             let sent = match outlet {
-                Some(outlet) if loaded && self.is_frame() => self.vectors.write(outlet.tap),
+                // The driver may have sent this frame after a tap was attached.
+                Outlet::Down { link, generation } if link.newer(generation).is_some() => {
+                    self.active.queue.go_to_previous_position();
+                    return Ok(Stopped::Budget);
+                }
+                Outlet::Own(tap) | Outlet::Shared(tap) if loaded && self.is_frame() => {
+                    self.vectors.write(tap)
+                }
                 _ => Err(io::ErrorKind::InvalidData.into()),
             };
             match sent {
@@ -103,7 +116,7 @@ impl TxQueue {
                 }
                 Err(err)
                     if err.kind() == io::ErrorKind::WouldBlock
-                        && outlet.is_some_and(|outlet| outlet.waits) =>
+                        && matches!(outlet, Outlet::Own(_)) =>
                 {
                     self.active.queue.go_to_previous_position();
                     return Ok(Stopped::Blocked);
