@@ -17,6 +17,8 @@
 mod device;
 mod guest;
 mod interrupt;
+#[cfg(test)]
+pub(crate) mod process;
 mod queue;
 mod registers;
 mod runner;

@@ -1,7 +1,5 @@
 //! When the host does not play along.
 
-use std::process::Command;
-
 use super::*;
 
 #[test]
@@ -30,27 +28,11 @@ fn the_tail_of_an_odd_file_is_out_of_reach() {
     });
 }
 
-const ALONE: &str = "DEVICES_TEST_ALONE";
-
 /// Runs the test `name` of this binary in a process of its own: fds are counted there.
 fn alone(name: &str, test: impl Fn()) {
-    if std::env::var_os(ALONE).is_some() {
+    if !process::elsewhere(&format!("virtio::block::tests::faults::{name}")) {
         test();
-        return;
     }
-    let name = format!("virtio::block::tests::faults::{name}");
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &name, "--test-threads=1", "--nocapture"])
-        .env(ALONE, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{text}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(text.contains("1 passed"), "{text}");
 }
 
 fn open_fds() -> usize {

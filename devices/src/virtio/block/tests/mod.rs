@@ -15,7 +15,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::{Backing, BackingOptions, Block, BlockConfig, BlockHandle, Engine};
-use crate::testing::{Buffer, DeviceDriver, RawDescriptor, VirtQueueDriver};
+use crate::testing::{Buffer, DeviceDriver, RawDescriptor, VirtQueueDriver, process};
 use crate::virtio::VirtioDevice;
 
 const OK: u8 = VIRTIO_BLK_S_OK.to_le_bytes()[0];

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use super::client::{Attr, Client, Entry, ROOT, fields, op, u32_at, u64_at};
-use crate::testing::{Buffer, DeviceDriver};
+use crate::testing::{Buffer, DeviceDriver, process};
 use crate::virtio::VirtioDevice;
 use crate::virtio::fs::{CachePolicy, Fs, FsConfig, FsError};
 
@@ -464,14 +464,7 @@ fn reset_starts_afresh() {
 #[test]
 fn every_fd_is_released() {
     const NAME: &str = "virtio::fs::tests::operations::every_fd_is_released";
-    // Other tests open fds too: count in a process of its own.
-    if std::env::var_os("FS_COUNT_FDS").is_none() {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--test-threads=1"])
-            .env("FS_COUNT_FDS", "1")
-            .status()
-            .unwrap();
-        assert!(status.success());
+    if process::elsewhere(NAME) {
         return;
     }
     let count = || fs::read_dir("/proc/self/fd").unwrap().count();

@@ -21,7 +21,7 @@ use nix::sys::socket::{
 };
 
 use super::{HEADER_BYTES, Net, NetConfig, NetHandle, TapDevice};
-use crate::testing::{Buffer, DeviceDriver, PATIENCE, RawDescriptor, Used};
+use crate::testing::{Buffer, DeviceDriver, PATIENCE, RawDescriptor, Used, process};
 use crate::virtio::VirtioDevice;
 
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x07];
@@ -54,14 +54,14 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 
 /// Runs `ip` in the calling thread's namespace.
 fn ip(args: &str) {
-    let output = Command::new("ip").args(args.split(' ')).output().unwrap();
+    let output = process::output(Command::new("ip").args(args.split(' '))).unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "ip {args}: {error}");
 }
 
 /// A tap that is up and has no IPv6, so that it sends nothing of its own.
 fn tap(name: &str, queues: u16) -> TapDevice {
-    let tap = TapDevice::open(name, queues).unwrap();
+    let tap = process::without_forks(|| TapDevice::open(name, queues)).unwrap();
     // Where there is no IPv6 it cannot be switched off either. The file is that of the
     // calling thread's namespace.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");

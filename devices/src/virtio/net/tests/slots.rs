@@ -194,25 +194,10 @@ fn activate_at_used(nic: &mut Nic) {
     driver.device.activate(activation).unwrap();
 }
 
-const ALONE: &str = "DEVICES_TEST_ALONE";
-
-/// In a process of its own, where fds can be counted.
 #[test]
 fn no_fd_outlives_detach_reset_or_the_device() {
-    if std::env::var_os(ALONE).is_none() {
-        let name = "virtio::net::tests::slots::no_fd_outlives_detach_reset_or_the_device";
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name, "--test-threads=1", "--nocapture"])
-            .env(ALONE, "1")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.status.success(),
-            "{text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        assert!(text.contains("1 passed"), "{text}");
+    const NAME: &str = "virtio::net::tests::slots::no_fd_outlives_detach_reset_or_the_device";
+    if process::elsewhere(NAME) {
         return;
     }
     let open_fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 
 use super::guest::{EVENT, GUEST_CID, Guest, RX, TX, blocking, next, resolve};
-use crate::testing::Buffer;
+use crate::testing::{Buffer, process};
 use crate::virtio::VirtioDevice;
 use crate::virtio::vsock::packet::op;
 use crate::virtio::vsock::{Vsock, VsockConfig};
@@ -311,14 +311,7 @@ fn a_broken_ring_asks_for_a_reset_and_closes_the_streams() {
 #[test]
 fn every_fd_is_released() {
     const NAME: &str = "virtio::vsock::tests::open::every_fd_is_released";
-    // Other tests open fds too: count in a process of its own.
-    if std::env::var_os("VSOCK_COUNT_FDS").is_none() {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--test-threads=1"])
-            .env("VSOCK_COUNT_FDS", "1")
-            .status()
-            .unwrap();
-        assert!(status.success());
+    if process::elsewhere(NAME) {
         return;
     }
     let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
