@@ -5,7 +5,18 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+
+/// The top bit of the index port masks NMIs.
+const INDEX_BITS: u8 = 0x7f;
+
+/// What a snapshot keeps of a [`Cmos`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CmosState {
+    index: u8,
+}
 
 /// Index and data port; always shows the host's time in UTC.
 #[derive(Debug, Default)]
@@ -21,6 +32,20 @@ impl Cmos {
 
     const INDEX: u64 = 0;
     const DATA: u64 = 1;
+
+    /// What a snapshot keeps; the time itself is the host's.
+    #[must_use]
+    pub fn save(&self) -> CmosState {
+        CmosState {
+            index: self.index.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Goes on as `state` says.
+    pub fn restore(&self, state: CmosState) {
+        self.index
+            .store(state.index & INDEX_BITS, Ordering::Relaxed);
+    }
 
     fn register(index: u8, now: &Time) -> u8 {
         match index {
@@ -56,8 +81,7 @@ impl BusDevice for Cmos {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Self::INDEX, [byte]) = (offset, data) {
-            // The top bit masks NMIs.
-            self.index.store(byte & 0x7f, Ordering::Relaxed);
+            self.index.store(byte & INDEX_BITS, Ordering::Relaxed);
         }
     }
 }
@@ -156,5 +180,16 @@ mod tests {
         assert_eq!(read(0x0d), 0x80);
         assert!(read(0x32) >= 0x20);
         assert_eq!(bcd(59), 0x59);
+    }
+
+    #[test]
+    fn a_chosen_register_stays_chosen() {
+        let cmos = Cmos::default();
+        cmos.write(0, &[0x8d]);
+        let restored = Cmos::default();
+        restored.restore(cmos.save());
+        let mut data = [0];
+        restored.read(1, &mut data);
+        assert_eq!(data, [0x80]);
     }
 }

@@ -1,9 +1,10 @@
 //! The first serial port, a 16550A, as the guest's console.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{self, NoEvents};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -12,8 +13,34 @@ use crate::bus::BusDevice;
 
 /// A port that only sends; nothing is ever received.
 pub struct SerialPort {
-    uart: Mutex<Serial<Irq, NoEvents, ConsoleOutput>>,
+    uart: Mutex<Uart>,
+    irq: Irq,
+    output: ConsoleOutput,
 }
+
+type Uart = Serial<Irq, NoEvents, ConsoleOutput>;
+
+/// What a snapshot keeps of a [`SerialPort`]: its registers. A driver that waits for the
+/// interrupt it has enabled would otherwise wait for ever.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialPortState {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    /// What the driver has sent to itself in loopback mode.
+    in_buffer: Vec<u8>,
+}
+
+/// No port can have been saved like that, or its interrupt cannot be raised.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot restore the serial port: {0}")]
+pub struct SerialPortError(#[source] serial::Error<io::Error>);
 
 impl std::fmt::Debug for SerialPort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -21,7 +48,8 @@ impl std::fmt::Debug for SerialPort {
     }
 }
 
-struct Irq(EventFd);
+#[derive(Clone)]
+struct Irq(Arc<EventFd>);
 
 impl Trigger for Irq {
     type E = io::Error;
@@ -42,9 +70,57 @@ impl SerialPort {
     /// A port that sends to `output` and interrupts through `irq`.
     #[must_use]
     pub fn new(irq: EventFd, output: ConsoleOutput) -> Self {
+        let irq = Irq(Arc::new(irq));
         Self {
-            uart: Mutex::new(Serial::new(Irq(irq), output)),
+            uart: Mutex::new(Serial::new(irq.clone(), output.clone())),
+            irq,
+            output,
         }
+    }
+
+    /// What a snapshot keeps.
+    #[must_use]
+    pub fn save(&self) -> SerialPortState {
+        let state = self.lock().state();
+        SerialPortState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer,
+        }
+    }
+
+    /// Goes on as `state` says, and raises the interrupt when one was pending.
+    ///
+    /// # Errors
+    /// See [`SerialPortError`]; the port stays as it was.
+    pub fn restore(&self, state: &SerialPortState) -> Result<(), SerialPortError> {
+        let state = serial::SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer.clone(),
+        };
+        let (irq, output) = (self.irq.clone(), self.output.clone());
+        let uart = Serial::from_state(&state, irq, NoEvents, output).map_err(SerialPortError)?;
+        *self.lock() = uart;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -52,16 +128,14 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let (Ok(offset), [byte]) = (u8::try_from(offset), data) {
-            let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
-            *byte = uart.read(offset);
+            *byte = self.lock().read(offset);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), [byte]) = (u8::try_from(offset), data) {
-            let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
             // A lost interrupt or byte of the console must not end the guest.
-            let _ = uart.write(offset, *byte);
+            let _ = self.lock().write(offset, *byte);
         }
     }
 }
@@ -100,6 +174,37 @@ mod tests {
         );
         assert_eq!(read(INTERRUPT_ID) & 0xf, 1, "nothing pending");
         assert_eq!(console.tail(), "ab");
+    }
+
+    #[test]
+    fn a_restored_port_still_interrupts() {
+        let port = || {
+            let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+            let console = ConsoleOutput::new(super::super::ConsoleOptions::default()).unwrap();
+            let port = SerialPort::new(irq.try_clone().unwrap(), console.clone());
+            (port, irq, console)
+        };
+        let (first, _, _) = port();
+        first.write(INTERRUPT_ENABLE, &[2]);
+        first.write(DATA, b"a");
+        let bytes = postcard::to_stdvec(&first.save()).unwrap();
+        let state: SerialPortState = postcard::from_bytes(&bytes).unwrap();
+        let (second, irq, console) = port();
+        second.restore(&state).unwrap();
+        assert_eq!(second.save(), state);
+        assert!(irq.read().unwrap() >= 1, "an interrupt was pending");
+        second.read(INTERRUPT_ID, &mut [0]);
+        second.write(DATA, b"b");
+        assert!(irq.read().unwrap() >= 1);
+        assert_eq!(console.tail(), "b");
+
+        let impossible = SerialPortState {
+            in_buffer: vec![0; 65],
+            ..state
+        };
+        second.restore(&impossible).unwrap_err();
+        second.write(DATA, b"c");
+        assert_eq!(console.tail(), "bc");
     }
 
     #[test]

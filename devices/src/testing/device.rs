@@ -49,7 +49,8 @@ impl<D: VirtioDevice> DeviceDriver<D> {
         self.activate_with(features)
     }
 
-    /// Activates the device with all its queues and these features.
+    /// Activates the device with all its queues and these features. Queues go on where
+    /// their used rings are, as after a restore.
     ///
     /// # Errors
     /// The device's own.
@@ -60,6 +61,9 @@ impl<D: VirtioDevice> DeviceDriver<D> {
             .zip(0..)
             .map(|(queue, index)| {
                 let mut active = queue.activate(index);
+                let used = queue.used_index();
+                active.queue.set_next_avail(used);
+                active.queue.set_next_used(used);
                 active
                     .queue
                     .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);

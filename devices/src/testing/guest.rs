@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 use crate::virtio::GuestMemory;
 
@@ -22,6 +22,21 @@ impl TestGuest {
             // Address zero stays unused: devices may take it for "none".
             next: Arc::new(AtomicU64::new(0x1000)),
         }
+    }
+
+    /// A guest with a copy of this one's memory, as a snapshot makes it.
+    ///
+    /// # Panics
+    /// When there is no memory for it.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        let bytes = usize::try_from(self.memory.last_addr().0).unwrap() + 1;
+        let copy = Self::new(bytes);
+        // What was never allocated is zero in both.
+        let next = self.next.load(Ordering::Relaxed);
+        copy.write(0, &self.read(0, usize::try_from(next).unwrap()));
+        copy.next.store(next, Ordering::Relaxed);
+        copy
     }
 
     /// The memory as devices see it.

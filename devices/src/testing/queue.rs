@@ -105,6 +105,11 @@ impl VirtQueueDriver {
         }
     }
 
+    /// Goes on in `guest`, a copy of the memory so far.
+    pub fn move_to(&mut self, guest: &TestGuest) {
+        self.guest = guest.clone();
+    }
+
     /// Addresses of the descriptor table, the driver area and the device area.
     #[must_use]
     pub fn addresses(&self) -> (u64, u64, u64) {
@@ -238,12 +243,16 @@ impl VirtQueueDriver {
         self.notify.write(1).unwrap();
     }
 
+    /// How many chains the device has used, modulo 2^16.
+    #[must_use]
+    pub fn used_index(&self) -> u16 {
+        self.guest.read_u16(self.used + 2)
+    }
+
     /// Chains waiting in the used ring.
     #[must_use]
     pub fn used_pending(&self) -> u16 {
-        self.guest
-            .read_u16(self.used + 2)
-            .wrapping_sub(self.used_idx)
+        self.used_index().wrapping_sub(self.used_idx)
     }
 
     /// Takes the next used chain, if any, and frees its descriptors.

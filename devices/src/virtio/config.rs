@@ -19,28 +19,74 @@ pub(crate) fn read(config: &[u8], offset: u64, data: &mut [u8]) {
 
 /// The interrupt of the current activation, for handles that outlive activations.
 #[derive(Debug, Default)]
-pub(crate) struct ConfigChange(Mutex<Option<Arc<dyn Interrupt>>>);
+pub(crate) struct ConfigChange(Mutex<Listener>);
+
+/// Who learns of a change.
+#[derive(Debug, Default)]
+enum Listener {
+    /// Nobody: a driver reads the new values when it starts.
+    #[default]
+    None,
+    /// A driver whose device stands still, as soon as that goes on.
+    Later {
+        /// There was a change.
+        pending: bool,
+    },
+    /// A driver, now.
+    Driver(Arc<dyn Interrupt>),
+}
 
 impl ConfigChange {
-    pub(crate) fn arm(&self, interrupt: Arc<dyn Interrupt>) {
-        *self.lock() = Some(interrupt);
+    /// The device runs.
+    ///
+    /// # Errors
+    /// As [`Interrupt::config_changed`], for a change while it stood still.
+    pub(crate) fn arm(&self, interrupt: Arc<dyn Interrupt>) -> io::Result<()> {
+        let mut listener = self.lock();
+        let told = match *listener {
+            Listener::Later { pending: true } => interrupt.config_changed(),
+            _ => Ok(()),
+        };
+        *listener = Listener::Driver(interrupt);
+        told
     }
 
+    /// The driver is gone.
     pub(crate) fn disarm(&self) {
-        *self.lock() = None;
+        *self.lock() = Listener::None;
     }
 
-    /// Interrupts the driver; one that is not there yet reads the new values when it
-    /// starts.
+    /// The device stands still, if it ran.
+    pub(crate) fn suspend(&self) {
+        let listener = &mut *self.lock();
+        if let Listener::Driver(_) = listener {
+            *listener = Listener::Later { pending: false };
+        }
+    }
+
+    /// The device was restored, and has changed since it was saved or not.
+    pub(crate) fn restored(&self, changed: bool) {
+        *self.lock() = Listener::Later { pending: changed };
+    }
+
+    /// Interrupts the driver, at once or when its device goes on; one that is not there yet
+    /// reads the new values when it starts.
     ///
     /// # Errors
     /// As [`Interrupt::config_changed`].
     pub(crate) fn notify(&self) -> io::Result<()> {
-        let interrupt = self.lock().clone();
-        interrupt.map_or(Ok(()), |interrupt| interrupt.config_changed())
+        let interrupt = match &mut *self.lock() {
+            Listener::None => return Ok(()),
+            Listener::Later { pending } => {
+                *pending = true;
+                return Ok(());
+            }
+            Listener::Driver(interrupt) => Arc::clone(interrupt),
+        };
+        interrupt.config_changed()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<dyn Interrupt>>> {
+    fn lock(&self) -> MutexGuard<'_, Listener> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -48,6 +94,37 @@ impl ConfigChange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::TestInterrupt;
+
+    #[test]
+    fn a_change_while_the_device_stands_still_is_told_when_it_goes_on() {
+        let interrupt = Arc::new(TestInterrupt::default());
+        let change = ConfigChange::default();
+        let told = |change: &ConfigChange| {
+            let before = interrupt.config_count();
+            change.arm(interrupt.clone()).unwrap();
+            interrupt.config_count() - before
+        };
+        change.notify().unwrap();
+        change.suspend();
+        assert_eq!(told(&change), 0, "nobody was there");
+        change.suspend();
+        assert_eq!(told(&change), 0);
+        change.suspend();
+        change.notify().unwrap();
+        change.suspend();
+        assert_eq!(told(&change), 1);
+        change.suspend();
+        change.notify().unwrap();
+        change.disarm();
+        assert_eq!(told(&change), 0, "its driver is gone");
+        change.restored(true);
+        assert_eq!(told(&change), 1);
+        change.restored(false);
+        assert_eq!(told(&change), 0);
+        change.notify().unwrap();
+        assert_eq!(interrupt.config_count(), 3);
+    }
 
     #[test]
     fn reads_within_across_and_past_the_end() {

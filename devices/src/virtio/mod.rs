@@ -12,6 +12,7 @@ mod notify;
 pub mod release;
 pub mod rng;
 mod serve;
+mod state;
 mod vectors;
 pub mod vsock;
 
@@ -22,6 +23,10 @@ use std::sync::Arc;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+pub use self::state::StateError;
+#[cfg(test)]
+pub(crate) use self::state::tests as state_tests;
 
 /// Guest memory as every device sees it: shared, cheap to clone.
 ///
@@ -244,6 +249,35 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Back to the state before activation: handlers removed, workers joined, in-flight
     /// work dropped. Called on driver reset and before the VM is dropped; idempotent.
     fn reset(&mut self);
+
+    /// Stops the device's work with nothing lost: every chain taken from a queue has been
+    /// given back, handlers are off the loop and workers joined, but what the driver has
+    /// set and knows stays. Afterwards the device may be saved, activated again with the
+    /// same features (it then goes on where it was), or dropped. Idempotent; nothing to do
+    /// for a device that is not active.
+    ///
+    /// Resetting does it for devices that keep nothing of their driver's.
+    fn quiesce(&mut self) {
+        self.reset();
+    }
+
+    /// What a snapshot keeps besides the queues: nothing that only this host or process
+    /// understands. Called quiesced.
+    ///
+    /// # Errors
+    /// [`StateError::Save`].
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes what [`VirtioDevice::save`] returned into a fresh device of the same
+    /// configuration, before it is activated. After an error the device must be dropped.
+    ///
+    /// # Errors
+    /// When the bytes are damaged, of another version, or of a device configured otherwise.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_nothing(self.device_type(), state)
+    }
 }
 
 /// Why a device could not be activated.

@@ -3,6 +3,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::registers::{CONFIG_CHANGE, USED_BUFFER};
@@ -28,6 +29,14 @@ impl IrqLine for EventFd {
             other => other,
         }
     }
+}
+
+/// The interrupt registers in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct InterruptState {
+    pub(super) status: u32,
+    pub(super) generation: u32,
+    pub(super) needs_reset: bool,
 }
 
 /// The device's side of the interrupt registers. Takes no lock: device threads use it
@@ -79,6 +88,30 @@ impl MmioInterrupt {
     pub(super) fn reset(&self) {
         self.status.store(0, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
+    }
+
+    /// What a snapshot keeps.
+    pub(super) fn save(&self) -> InterruptState {
+        InterruptState {
+            status: self.status(),
+            generation: self.generation(),
+            needs_reset: self.wants_reset(),
+        }
+    }
+
+    /// Back to what a snapshot kept.
+    pub(super) fn restore(&self, state: &InterruptState) {
+        self.status.store(state.status, Ordering::SeqCst);
+        self.generation.store(state.generation, Ordering::SeqCst);
+        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
+    }
+
+    /// Sends the edge of what is pending once more: it may have been lost on its way.
+    pub(super) fn repeat(&self) -> io::Result<()> {
+        if self.status() == 0 {
+            return Ok(());
+        }
+        self.line.trigger()
     }
 
     fn raise(&self, bit: u32) -> io::Result<()> {

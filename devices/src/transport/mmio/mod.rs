@@ -7,20 +7,23 @@
 mod interrupt;
 mod queue;
 mod registers;
+mod state;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::interrupt::IrqLine;
 use self::interrupt::MmioInterrupt;
-use self::queue::{QueueRegisters, set_high, set_low};
+use self::queue::{Position, QueueRegisters, set_high, set_low};
 use self::registers::{self as reg, status};
+pub use self::state::MmioState;
 use crate::bus::BusDevice;
 use crate::virtio::{
     Activation, ActiveQueue, DeviceType, GuestMemory, Interrupt, Runner, VirtioDevice,
@@ -42,9 +45,11 @@ pub struct MmioTransport {
 struct State {
     device: Box<dyn VirtioDevice>,
     registers: Registers,
+    /// Stands still for a snapshot.
+    quiesced: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
     status: u32,
     device_features_sel: u32,
@@ -112,7 +117,11 @@ impl MmioTransport {
         let registers = Registers::new(device.queue_sizes());
         Ok(Self {
             device_type,
-            state: Mutex::new(State { device, registers }),
+            state: Mutex::new(State {
+                device,
+                registers,
+                quiesced: false,
+            }),
             interrupt: Arc::new(MmioInterrupt::new(device_type.name(), line)),
             notifies,
             memory,
@@ -140,6 +149,7 @@ impl MmioTransport {
     fn reset_locked(&self, state: &mut State) {
         state.device.reset();
         state.registers = Registers::new(state.device.queue_sizes());
+        state.quiesced = false;
         self.interrupt.reset();
         for notify in &self.notifies {
             let _ = notify.read();
@@ -226,13 +236,14 @@ impl MmioTransport {
         }
         registers.status |= new;
         if new & status::DRIVER_OK != 0
-            && let Err(reason) = self.activate(state)
+            && let Err(reason) = self.activate(state, Position::Start)
         {
             self.interrupt.needs_reset(&reason);
         }
     }
 
-    fn activate(&self, state: &mut State) -> Result<(), String> {
+    fn activate(&self, state: &mut State, position: Position) -> Result<(), String> {
+        state.quiesced = false;
         let features = state.registers.driver_features;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let mut queues = Vec::new();
@@ -243,7 +254,7 @@ impl MmioTransport {
                 continue;
             }
             let queue = registers
-                .build(&self.memory, event_idx)
+                .build(&self.memory, event_idx, position)
                 .map_err(|err| format!("queue {index}: {err}"))?;
             let notify = notify
                 .try_clone()

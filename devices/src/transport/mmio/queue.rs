@@ -1,8 +1,11 @@
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 /// One queue as the driver sets it up, not yet checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueRegisters {
     max_size: u16,
     size: u32,
@@ -10,6 +13,16 @@ pub(super) struct QueueRegisters {
     pub(super) desc: u64,
     pub(super) driver: u64,
     pub(super) device: u64,
+}
+
+/// Where a device begins in its queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Position {
+    /// With the first entry, for a driver that has just set them up.
+    Start,
+    /// Where a quiesced device stopped: no chain is in flight, so what it has used is what
+    /// it has taken, and the used ring says how much that is.
+    Used,
 }
 
 /// Why a queue cannot be used.
@@ -21,6 +34,8 @@ pub(super) enum QueueError {
     Alignment { part: &'static str, address: u64 },
     #[error("its {part} at {address:#x} lies outside guest memory")]
     Outside { part: &'static str, address: u64 },
+    #[error("its used ring cannot be read: {0}")]
+    Used(#[source] virtio_queue::Error),
 }
 
 impl QueueRegisters {
@@ -48,6 +63,7 @@ impl QueueRegisters {
         &self,
         memory: &GuestMemoryMmap<()>,
         event_idx: bool,
+        position: Position,
     ) -> Result<Queue, QueueError> {
         let bad_size = || QueueError::Size(self.size, self.max_size);
         let size = u16::try_from(self.size).map_err(|_| bad_size())?;
@@ -85,6 +101,13 @@ impl QueueRegisters {
             .map_err(misaligned("device area", self.device))?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
+        if position == Position::Used {
+            let used = queue
+                .used_idx(memory, Ordering::Acquire)
+                .map_err(QueueError::Used)?;
+            queue.set_next_avail(used.0);
+            queue.set_next_used(used.0);
+        }
         Ok(queue)
     }
 }

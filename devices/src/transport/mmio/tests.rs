@@ -1,3 +1,5 @@
+mod snapshot;
+
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -11,7 +11,8 @@ use super::handler::{Handler, Queues};
 use super::{BalloonError, BalloonHandle};
 use crate::virtio::release::{PAGE_BYTES, PageReleaser};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice, config,
+    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, StateError,
+    VirtioDevice, config, state,
 };
 
 /// `VIRTIO_BALLOON_F_STATS_VQ`, 5.5.3.
@@ -62,14 +63,18 @@ impl BalloonConfig {
     }
 }
 
+/// The only version of the state so far.
+const STATE_VERSION: u16 = 1;
+
 /// What a snapshot keeps of a balloon besides its configuration. No chain is ever in
-/// flight, so the used rings in guest memory tell how far each queue is.
+/// flight: the statistics buffer that the device holds counts as available, and is read
+/// again after a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BalloonState {
+struct State {
     /// Pages asked for.
-    pub target_pages: u32,
+    target_pages: u32,
     /// Pages in the balloon.
-    pub actual_pages: u32,
+    actual_pages: u32,
 }
 
 /// The device.
@@ -106,38 +111,16 @@ impl Balloon {
         Ok((device, handle))
     }
 
-    fn reset_queues(&mut self) {
-        self.shared.set_stats_agreed(false);
-        self.shared.config_change.disarm();
+    fn stop(&mut self) {
         if let Some((runner, id)) = self.active.take() {
             runner.remove(id);
         }
     }
 
-    /// What a snapshot keeps; call while the vCPUs are paused.
-    #[must_use]
-    pub fn save(&self) -> BalloonState {
-        BalloonState {
-            target_pages: self.shared.target_pages(),
-            actual_pages: self.shared.actual_pages(),
-        }
-    }
-
-    /// The balloon as saved; activate it with the restored queues next.
-    ///
-    /// # Errors
-    /// `InvalidInput` when the target is more than the memory; as [`Balloon::new`].
-    pub fn restore(
-        config: BalloonConfig,
-        releaser: Arc<dyn PageReleaser>,
-        state: BalloonState,
-    ) -> io::Result<(Self, BalloonHandle)> {
-        let (device, handle) = Self::new(config, releaser)?;
-        let target_bytes = u64::from(state.target_pages).saturating_mul(PAGE_BYTES);
-        let target = device.shared.check_target(target_bytes).map_err(invalid)?;
-        device.shared.set_target_pages(target);
-        device.shared.set_actual_pages(state.actual_pages);
-        Ok((device, handle))
+    fn reset_queues(&mut self) {
+        self.shared.set_stats_agreed(false);
+        self.shared.config_change.disarm();
+        self.stop();
     }
 
     /// The queues that the driver enabled, by the features it agreed to.
@@ -198,7 +181,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset_queues();
+        self.stop();
         let queues = Self::queues(activation.queues, activation.features)?;
         let stats_agreed = queues.stats.is_some();
         let io = |what| move |source| ActivateError::Io { what, source };
@@ -219,15 +202,44 @@ impl VirtioDevice for Balloon {
             .add(Box::new(handler))
             .map_err(io("cannot watch the balloon queues"))?;
         self.active = Some((activation.runner, id));
-        self.shared.config_change.arm(activation.interrupt);
         self.shared.set_stats_agreed(stats_agreed);
-        Ok(())
+        self.shared
+            .config_change
+            .arm(activation.interrupt)
+            .map_err(io("cannot notify the balloon driver"))
     }
 
     /// Also empties the balloon: a driver that starts anew owns all its pages.
     fn reset(&mut self) {
         self.reset_queues();
         self.shared.set_actual_pages(0);
+    }
+
+    fn quiesce(&mut self) {
+        self.shared.config_change.suspend();
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let state = State {
+            target_pages: self.shared.target_pages(),
+            actual_pages: self.shared.actual_pages(),
+        };
+        state::encode(DeviceType::Balloon, STATE_VERSION, &state)
+    }
+
+    /// The target is the saved one, whatever the configuration asks for.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state: State = state::decode(DeviceType::Balloon, STATE_VERSION, state)?;
+        let target_bytes = u64::from(state.target_pages).saturating_mul(PAGE_BYTES);
+        let target = self
+            .shared
+            .check_target(target_bytes)
+            .map_err(|err| StateError::mismatch(DeviceType::Balloon, err.to_string()))?;
+        self.shared.set_target_pages(target);
+        self.shared.set_actual_pages(state.actual_pages);
+        self.shared.config_change.restored(false);
+        Ok(())
     }
 }
 

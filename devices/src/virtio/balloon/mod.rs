@@ -26,7 +26,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Balloon, BalloonConfig, BalloonState};
+pub use device::{Balloon, BalloonConfig};
 pub use handle::{BalloonError, BalloonHandle, BalloonStatus};
 pub use pages::{MAX_PFNS_PER_CHAIN, MAX_RANGES_PER_CHAIN};
 pub use stats::{BalloonStats, MAX_STATS_BYTES};

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::testing::{Buffer, DeviceDriver, RawDescriptor, VirtQueueDriver};
-use crate::virtio::VirtioDevice;
 use crate::virtio::release::{HostPages, PAGE_BYTES, PageRange, PageReleaser};
+use crate::virtio::{VirtioDevice, state_tests};
 
 const MEMORY: u64 = 64 << 20;
 const INFLATE: usize = 0;
@@ -311,9 +311,10 @@ proptest! {
         let (mut device, handle) = Balloon::new(config, recorder()).unwrap();
         handle.set_target(target * PAGE_BYTES).unwrap();
         device.write_config(4, &actual.to_le_bytes());
-        let state = device.save();
-        let (restored, handle) = Balloon::restore(config, recorder(), state).unwrap();
-        prop_assert_eq!(restored.save(), state);
+        let state = device.save().unwrap();
+        let (mut restored, handle) = Balloon::new(config, recorder()).unwrap();
+        restored.restore(&state).unwrap();
+        prop_assert_eq!(restored.save().unwrap(), state);
         prop_assert_eq!(handle.target(), target * PAGE_BYTES);
         prop_assert_eq!(handle.actual(), u64::from(actual) * PAGE_BYTES);
     }
@@ -340,6 +341,21 @@ proptest! {
             prop_assert!(start + bytes <= MEMORY);
         }
     }
+}
+
+#[test]
+fn hostile_states_are_refused() {
+    let new = || Balloon::new(BalloonConfig::new(MEMORY), Arc::new(Recorder::default())).unwrap();
+    let (device, handle) = new();
+    handle.set_target(300 * PAGE_BYTES).unwrap();
+    state_tests::check_hostile(&device.save().unwrap(), || new().0);
+    let pages = u32::try_from(MEMORY / PAGE_BYTES).unwrap() + 1;
+    let body = postcard::to_stdvec(&(pages, 0_u32)).unwrap();
+    let err = new().0.restore(&state_tests::seal(1, &body)).unwrap_err();
+    assert!(
+        err.to_string().contains("more than the guest's memory"),
+        "{err}"
+    );
 }
 
 fn hostile_buffer() -> impl Strategy<Value = Buffer> {

@@ -7,10 +7,11 @@ use super::engine::uring::Ring;
 use super::handler::UringHandler;
 use super::queue::{Context, RequestQueue};
 use super::slot::Slot;
-use super::{BlockHandle, BlockState, Engine, EngineChoice, QUEUE_SIZE, RestoreError, worker};
+use super::state::BlockState;
+use super::{BlockHandle, Engine, EngineChoice, QUEUE_SIZE, worker};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice, WorkerId,
-    config,
+    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, StateError,
+    VirtioDevice, WorkerId, config,
 };
 
 /// A virtio block device; empty until something is attached through its handle. Dropping
@@ -53,23 +54,21 @@ impl Block {
         Ok((device, handle))
     }
 
-    /// What a snapshot keeps. Requests in flight are no part of it: save after
-    /// [`VirtioDevice::reset`], which finishes them.
-    #[must_use]
-    pub fn save(&self) -> BlockState {
-        BlockState::new(&self.config, self.slot.sectors())
+    #[cfg(test)]
+    pub(super) fn config(&self) -> &BlockConfig {
+        &self.config
     }
 
-    /// Makes the device of a snapshot, with nothing attached. Name and engine are taken
-    /// from `host`, all that the driver knows from `state`.
-    ///
-    /// # Errors
-    /// When the state is of another version or the device cannot be built.
-    pub fn restore(
-        state: &BlockState,
-        host: &BlockConfig,
-    ) -> Result<(Self, BlockHandle), RestoreError> {
-        Ok(Self::new(state.config(host)?)?)
+    /// Finishes the requests in flight; guest memory is not touched afterwards.
+    fn stop(&mut self) {
+        if let Some(active) = self.active.take() {
+            for id in active.handlers {
+                active.runner.remove(id);
+            }
+            for id in active.workers {
+                active.runner.join(id);
+            }
+        }
     }
 
     fn start(
@@ -141,7 +140,7 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
+        self.stop();
         let got = activation.queues.len();
         if got == 0 {
             return Err(ActivateError::MissingQueues { got, needed: 1 });
@@ -167,25 +166,41 @@ impl VirtioDevice for Block {
             }
         }
         self.active = Some(active);
+        let started = started.and_then(|()| {
+            self.slot
+                .change
+                .arm(activation.interrupt)
+                .map_err(|source| ActivateError::Io {
+                    what: "cannot notify the disk driver",
+                    source,
+                })
+        });
         if started.is_err() {
             self.reset();
-        } else {
-            self.slot.change.arm(activation.interrupt);
         }
         started
     }
 
-    /// Finishes the requests in flight; guest memory is not touched afterwards.
     fn reset(&mut self) {
         self.slot.change.disarm();
-        if let Some(active) = self.active.take() {
-            for id in active.handlers {
-                active.runner.remove(id);
-            }
-            for id in active.workers {
-                active.runner.join(id);
-            }
-        }
+        self.stop();
+    }
+
+    fn quiesce(&mut self) {
+        self.slot.change.suspend();
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        BlockState::new(&self.config, self.slot.sectors()).encode()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state = BlockState::decode(state, &self.config)?;
+        self.slot
+            .change
+            .restored(state.sectors != self.slot.sectors());
+        Ok(())
     }
 }
 

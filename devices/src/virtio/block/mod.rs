@@ -16,7 +16,7 @@
 //! | `handler` | io_uring queues on the event loop |
 //! | `worker` | synchronous queues on threads |
 //! | `device` | [`Block`]: activation, reset |
-//! | `state` | [`BlockState`]: what a snapshot keeps |
+//! | `state` | what a snapshot keeps |
 
 mod backing;
 mod config;
@@ -38,7 +38,6 @@ pub use config::{BlockConfig, ConfigError};
 pub use device::Block;
 pub use engine::{Engine, EngineChoice};
 pub use slot::{AttachError, BlockHandle, BlockStats, DetachError};
-pub use state::{BlockState, RestoreError};
 
 /// The unit of capacities and offsets, whatever the block size (5.2.4).
 pub const SECTOR_BYTES: u64 = 512;

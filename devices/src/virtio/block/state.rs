@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BlockConfig, ConfigError};
+use super::BlockConfig;
+use crate::virtio::{DeviceType, StateError, state};
 
 /// The only version so far.
 const VERSION: u16 = 1;
@@ -10,9 +11,7 @@ const VERSION: u16 = 1;
 /// Everything the driver knows of the device. The queues belong to the transport, the
 /// backing to whoever restores: a clone attaches its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BlockState {
-    version: u16,
+pub(super) struct BlockState {
     serial: String,
     read_only: bool,
     block_size: u32,
@@ -20,27 +19,12 @@ pub struct BlockState {
     queues: u16,
     /// Capacity in sectors that the driver has seen: after a restore it is zero until
     /// something is attached, which the driver is told.
-    sectors: u64,
-}
-
-/// A saved device cannot be made again.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// Saved by a release with another layout.
-    #[error("state of the block device has version {found}, this release reads {VERSION}")]
-    Version {
-        /// In the state.
-        found: u16,
-    },
-    /// The state or the host does not allow it.
-    #[error("cannot restore the block device: {0}")]
-    Config(#[from] ConfigError),
+    pub(super) sectors: u64,
 }
 
 impl BlockState {
     pub(super) fn new(config: &BlockConfig, sectors: u64) -> Self {
         Self {
-            version: VERSION,
             serial: config.serial.clone(),
             read_only: config.read_only,
             block_size: config.block_size,
@@ -50,30 +34,28 @@ impl BlockState {
         }
     }
 
-    /// The device's configuration, with what only concerns the host from `host`.
-    pub(super) fn config(&self, host: &BlockConfig) -> Result<BlockConfig, RestoreError> {
-        if self.version != VERSION {
-            return Err(RestoreError::Version {
-                found: self.version,
-            });
-        }
-        let config = BlockConfig {
-            name: host.name.clone(),
-            engine: host.engine,
-            serial: self.serial.clone(),
-            read_only: self.read_only,
-            block_size: self.block_size,
-            physical_block_size: self.physical_block_size,
-            queues: self.queues,
-        };
-        config.validate()?;
-        Ok(config)
+    pub(super) fn encode(&self) -> Result<Vec<u8>, StateError> {
+        state::encode(DeviceType::Block, VERSION, self)
     }
 
-    /// Capacity in sectors when it was saved.
-    #[must_use]
-    pub fn sectors(&self) -> u64 {
-        self.sectors
+    /// The state in `bytes`, if it is of a device like `config`. Name and engine are the
+    /// host's affair and may differ.
+    pub(super) fn decode(bytes: &[u8], config: &BlockConfig) -> Result<Self, StateError> {
+        let state: Self = state::decode(DeviceType::Block, VERSION, bytes)?;
+        let same = [
+            ("serial", state.serial == config.serial),
+            ("read_only", state.read_only == config.read_only),
+            ("block_size", state.block_size == config.block_size),
+            (
+                "physical_block_size",
+                state.physical_block_size == config.physical_block_size,
+            ),
+            ("queues", state.queues == config.queues),
+        ];
+        match same.iter().find(|(_, same)| !same) {
+            Some((field, _)) => Err(StateError::mismatch(DeviceType::Block, *field)),
+            None => Ok(state),
+        }
     }
 }
 
@@ -82,8 +64,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::virtio::VirtioDevice;
     use crate::virtio::block::{Block, Engine};
+    use crate::virtio::{VirtioDevice, state_tests};
 
     proptest! {
         /// What is saved restores to a device that saves the same and looks the same.
@@ -105,32 +87,52 @@ mod tests {
                 engine: Engine::Sync,
                 ..BlockConfig::default()
             };
-            let state = BlockState::new(&config, sectors);
-            let bytes = serde_json::to_vec(&state).unwrap();
-            let read: BlockState = serde_json::from_slice(&bytes).unwrap();
-            prop_assert_eq!(&read, &state);
-            prop_assert_eq!(read.config(&config).unwrap(), config.clone());
-            let host = BlockConfig { name: "other".to_owned(), engine: Engine::Sync, ..BlockConfig::default() };
-            let (device, handle) = Block::restore(&read, &host).unwrap();
-            let (original, _) = Block::new(config).unwrap();
-            prop_assert_eq!(device.features(), original.features());
-            prop_assert_eq!(device.queue_sizes(), original.queue_sizes());
-            prop_assert_eq!(device.save(), BlockState { sectors: 0, ..state });
+            let bytes = BlockState::new(&config, sectors).encode().unwrap();
+            let host = BlockConfig { name: "other".to_owned(), ..config };
+            let (mut device, handle) = Block::new(host).unwrap();
+            device.restore(&bytes).unwrap();
             prop_assert!(!handle.is_attached());
+            prop_assert_eq!(handle.capacity_bytes(), 0);
+            let empty = BlockState::new(&BlockConfig { name: String::new(), ..device.config().clone() }, 0);
+            prop_assert_eq!(device.save().unwrap(), empty.encode().unwrap());
         }
     }
 
     #[test]
-    fn other_versions_and_damaged_states_are_refused() {
-        let config = BlockConfig::default();
-        let state = BlockState::new(&config, 0);
-        let newer = BlockState {
-            version: 2,
-            ..state.clone()
+    fn states_of_other_devices_are_refused() {
+        let config = BlockConfig {
+            engine: Engine::Sync,
+            queues: 2,
+            ..BlockConfig::default()
         };
-        let err = Block::restore(&newer, &config).unwrap_err();
-        assert!(matches!(err, RestoreError::Version { found: 2 }), "{err}");
-        let damaged = BlockState { queues: 0, ..state };
-        Block::restore(&damaged, &config).unwrap_err();
+        let state = BlockState::new(&config, 7).encode().unwrap();
+        let others = [
+            BlockConfig {
+                serial: "x".to_owned(),
+                ..config.clone()
+            },
+            BlockConfig {
+                read_only: true,
+                ..config.clone()
+            },
+            BlockConfig {
+                block_size: 4096,
+                ..config.clone()
+            },
+            BlockConfig {
+                physical_block_size: 512,
+                ..config.clone()
+            },
+            BlockConfig {
+                queues: 1,
+                ..config.clone()
+            },
+        ];
+        for other in others {
+            let (mut device, _handle) = Block::new(other).unwrap();
+            let err = device.restore(&state).unwrap_err();
+            assert!(matches!(err, StateError::Mismatch { .. }), "{err}");
+        }
+        state_tests::check_hostile(&state, || Block::new(config.clone()).unwrap().0);
     }
 }

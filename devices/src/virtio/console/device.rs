@@ -10,7 +10,8 @@ use super::ConsoleHandle;
 use super::handle::{Shared, Size};
 use super::handler::Handler;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice, config,
+    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, StateError,
+    VirtioDevice, config, state,
 };
 
 /// `VIRTIO_CONSOLE_F_SIZE` (5.3.3).
@@ -19,16 +20,19 @@ const F_SIZE: u64 = 1 << 0;
 /// Receive, transmit (5.3.2).
 const QUEUE_SIZES: [u16; 2] = [64, 64];
 
+/// The only version of the state so far.
+const STATE_VERSION: u16 = 1;
+
 /// What a snapshot keeps of a console. The used rings in guest memory tell how far the
 /// queues are; attached streams are not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConsoleState {
+struct State {
     /// Columns of the terminal.
-    pub columns: u16,
+    columns: u16,
     /// Its rows.
-    pub rows: u16,
+    rows: u16,
     /// Bytes already written of the first chain in the transmit queue.
-    pub sent_bytes: u64,
+    sent_bytes: u64,
 }
 
 /// The device.
@@ -56,39 +60,7 @@ impl Console {
         Ok((device, handle))
     }
 
-    /// What a snapshot keeps; call while the vCPUs are paused.
-    #[must_use]
-    pub fn save(&self) -> ConsoleState {
-        let state = self.shared.lock();
-        ConsoleState {
-            columns: state.size.columns,
-            rows: state.size.rows,
-            sent_bytes: u64::try_from(state.sent).unwrap_or(u64::MAX),
-        }
-    }
-
-    /// The console as saved; activate it with the restored queues next.
-    ///
-    /// # Errors
-    /// As [`Console::new`].
-    pub fn restore(
-        log: Option<Box<dyn Write + Send>>,
-        state: ConsoleState,
-    ) -> io::Result<(Self, ConsoleHandle)> {
-        let (device, handle) = Self::new(log)?;
-        {
-            let mut shared = device.shared.lock();
-            shared.size = Size {
-                columns: state.columns,
-                rows: state.rows,
-            };
-            shared.sent = usize::try_from(state.sent_bytes).unwrap_or(usize::MAX);
-        }
-        Ok((device, handle))
-    }
-
     fn stop(&mut self) {
-        self.shared.config_change.disarm();
         if let Some((runner, id)) = self.active.take() {
             runner.remove(id);
         }
@@ -139,18 +111,55 @@ impl VirtioDevice for Console {
             .add(Box::new(handler))
             .map_err(io("cannot watch the console queues"))?;
         self.active = Some((runner, id));
-        self.shared.config_change.arm(interrupt);
-        Ok(())
+        self.shared
+            .config_change
+            .arm(interrupt)
+            .map_err(io("cannot notify the console driver"))
     }
 
     fn reset(&mut self) {
+        self.shared.config_change.disarm();
         self.stop();
         self.shared.lock().sent = 0;
+    }
+
+    fn quiesce(&mut self) {
+        self.shared.config_change.suspend();
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let state = {
+            let shared = self.shared.lock();
+            State {
+                columns: shared.size.columns,
+                rows: shared.size.rows,
+                sent_bytes: u64::try_from(shared.sent).unwrap_or(u64::MAX),
+            }
+        };
+        state::encode(DeviceType::Console, STATE_VERSION, &state)
+    }
+
+    /// The size is the saved one; whoever attaches a terminal says its own.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state: State = state::decode(DeviceType::Console, STATE_VERSION, state)?;
+        let sent = usize::try_from(state.sent_bytes)
+            .map_err(|err| StateError::invalid(DeviceType::Console, err.to_string()))?;
+        {
+            let mut shared = self.shared.lock();
+            shared.size = Size {
+                columns: state.columns,
+                rows: state.rows,
+            };
+            shared.sent = sent;
+        }
+        self.shared.config_change.restored(false);
+        Ok(())
     }
 }
 
 impl Drop for Console {
     fn drop(&mut self) {
-        self.stop();
+        self.reset();
     }
 }

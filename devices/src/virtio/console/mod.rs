@@ -20,6 +20,6 @@ mod port;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Console, ConsoleState};
+pub use device::Console;
 pub use handle::ConsoleHandle;
 pub use port::{MAX_INPUT_BYTES, MAX_TURN_BYTES};

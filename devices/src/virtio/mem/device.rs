@@ -11,7 +11,8 @@ use super::region::{MAX_BLOCKS, Region};
 use super::{MemError, MemHandle};
 use crate::virtio::release::{PAGE_BYTES, PageReleaser};
 use crate::virtio::{
-    ActivateError, Activation, DeviceType, HandlerId, Runner, VirtioDevice, config,
+    ActivateError, Activation, DeviceType, HandlerId, Runner, StateError, VirtioDevice, config,
+    state,
 };
 
 /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE` (5.15.3): the driver does not even read unplugged
@@ -95,18 +96,20 @@ impl MemConfig {
     }
 }
 
+/// The only version of the state so far.
+const STATE_VERSION: u16 = 1;
+
 /// What a snapshot keeps of a memory device. No request is ever in flight, so the used
 /// ring in guest memory tells how far the queue is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemState {
+struct State {
     /// First address of the region.
-    pub address: u64,
-    /// Size of a block.
-    pub block_bytes: u64,
-    /// Requested size.
-    pub requested_bytes: u64,
+    address: u64,
+    region_bytes: u64,
+    block_bytes: u64,
+    requested_bytes: u64,
     /// Plugged blocks: runs of (first, count), in order, none touching another.
-    pub plugged: Vec<(u32, u32)>,
+    plugged: Vec<(u32, u32)>,
 }
 
 /// The device.
@@ -126,59 +129,8 @@ impl Mem {
         config: &MemConfig,
         releaser: Arc<dyn PageReleaser>,
     ) -> Result<(Self, MemHandle), MemError> {
-        Self::with_region(config.region()?, config.requested_bytes, releaser)
-    }
-
-    /// What a snapshot keeps; call while the vCPUs are paused.
-    #[must_use]
-    pub fn save(&self) -> MemState {
-        let region = self.shared.region();
-        // At most MAX_BLOCKS blocks: all fits.
-        let fit = |blocks| u32::try_from(blocks).unwrap_or(u32::MAX);
-        MemState {
-            address: region.address,
-            block_bytes: region.block_bytes,
-            requested_bytes: region.requested_bytes,
-            plugged: region
-                .blocks
-                .runs()
-                .map(|run| (fit(run.start), fit(run.len())))
-                .collect(),
-        }
-    }
-
-    /// The device as saved; activate it with the restored queue next.
-    ///
-    /// # Errors
-    /// As [`Mem::new`]; [`MemError::State`] when the state is of another geometry.
-    pub fn restore(
-        config: &MemConfig,
-        releaser: Arc<dyn PageReleaser>,
-        state: &MemState,
-    ) -> Result<(Self, MemHandle), MemError> {
-        if (state.address, state.block_bytes) != (config.address, config.block_bytes) {
-            return Err(MemError::State("of a region elsewhere"));
-        }
-        let mut region = config.region()?;
-        for (first, count) in &state.plugged {
-            let run = usize::try_from(*first).ok().and_then(|first| {
-                let end = first.checked_add(usize::try_from(*count).ok()?)?;
-                Some(first..end)
-            });
-            if !run.is_some_and(|run| region.restore(run)) {
-                return Err(MemError::State("plugged blocks outside the region"));
-            }
-        }
-        Self::with_region(region, state.requested_bytes, releaser)
-    }
-
-    fn with_region(
-        region: Region,
-        requested_bytes: u64,
-        releaser: Arc<dyn PageReleaser>,
-    ) -> Result<(Self, MemHandle), MemError> {
-        let shared = Arc::new(Shared::new(region));
-        shared.set_requested(requested_bytes)?;
+        let shared = Arc::new(Shared::new(config.region()?));
+        shared.set_requested(config.requested_bytes)?;
         let handle = MemHandle {
             shared: Arc::clone(&shared),
         };
@@ -188,6 +140,12 @@ impl Mem {
             active: None,
         };
         Ok((device, handle))
+    }
+
+    fn stop(&mut self) {
+        if let Some((runner, id)) = self.active.take() {
+            runner.remove(id);
+        }
     }
 }
 
@@ -222,7 +180,7 @@ impl VirtioDevice for Mem {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
+        self.stop();
         let got = activation.queues.len();
         let queue = activation
             .queues
@@ -244,17 +202,72 @@ impl VirtioDevice for Mem {
                 source,
             })?;
         self.active = Some((activation.runner, id));
-        self.shared.config_change.arm(activation.interrupt);
-        Ok(())
+        self.shared
+            .config_change
+            .arm(activation.interrupt)
+            .map_err(|source| ActivateError::Io {
+                what: "cannot notify the memory driver",
+                source,
+            })
     }
 
     /// Plugged memory stays plugged: a new driver asks for its state or unplugs it all
     /// (5.15.5).
     fn reset(&mut self) {
         self.shared.config_change.disarm();
-        if let Some((runner, id)) = self.active.take() {
-            runner.remove(id);
+        self.stop();
+    }
+
+    fn quiesce(&mut self) {
+        self.shared.config_change.suspend();
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let region = self.shared.region();
+        // At most MAX_BLOCKS blocks: all fits.
+        let fit = |blocks| u32::try_from(blocks).unwrap_or(u32::MAX);
+        let state = State {
+            address: region.address,
+            region_bytes: region.bytes(),
+            block_bytes: region.block_bytes,
+            requested_bytes: region.requested_bytes,
+            plugged: region
+                .blocks
+                .runs()
+                .map(|run| (fit(run.start), fit(run.len())))
+                .collect(),
+        };
+        state::encode(DeviceType::Mem, STATE_VERSION, &state)
+    }
+
+    /// The requested size is the saved one, whatever the configuration asks for.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state: State = state::decode(DeviceType::Mem, STATE_VERSION, state)?;
+        {
+            let mut region = self.shared.region();
+            let saved = (state.address, state.region_bytes, state.block_bytes);
+            if saved != (region.address, region.bytes(), region.block_bytes) {
+                return Err(StateError::mismatch(DeviceType::Mem, "another region"));
+            }
+            for (first, count) in &state.plugged {
+                let run = usize::try_from(*first).ok().and_then(|first| {
+                    let end = first.checked_add(usize::try_from(*count).ok()?)?;
+                    Some(first..end)
+                });
+                if !run.is_some_and(|run| region.restore(run)) {
+                    return Err(StateError::invalid(
+                        DeviceType::Mem,
+                        "plugged blocks outside the region, or twice",
+                    ));
+                }
+            }
         }
+        self.shared
+            .set_requested(state.requested_bytes)
+            .map_err(|err| StateError::invalid(DeviceType::Mem, err.to_string()))?;
+        self.shared.config_change.restored(false);
+        Ok(())
     }
 }
 

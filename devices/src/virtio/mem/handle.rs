@@ -50,9 +50,6 @@ pub enum MemError {
         /// Size of a block.
         block_bytes: u64,
     },
-    /// The saved state is not of this device.
-    #[error("saved memory device: {0}")]
-    State(&'static str),
     /// The driver cannot be told.
     #[error("cannot notify the memory driver")]
     Notify(#[source] io::Error),

@@ -28,6 +28,6 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Mem, MemConfig, MemState};
+pub use device::{Mem, MemConfig};
 pub use handle::{MemError, MemHandle, MemStatus};
 pub use region::MAX_BLOCKS;

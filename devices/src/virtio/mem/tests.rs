@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::request::tests::encode;
 use super::*;
 use crate::testing::{Buffer, DeviceDriver, RawDescriptor, VirtQueueDriver};
-use crate::virtio::VirtioDevice;
 use crate::virtio::release::{HostPages, PageRange, PageReleaser};
+use crate::virtio::{VirtioDevice, state_tests};
 
 const BLOCK: u64 = 64 << 10;
 const ADDRESS: u64 = 0x200_0000;
@@ -272,19 +272,28 @@ fn plugged_memory_survives_a_driver_reset() {
 
 #[test]
 fn a_state_of_another_region_is_refused() {
-    let (device, _) = Mem::new(&config(), Arc::new(Recorder::default())).unwrap();
-    let restore = |change: fn(&mut MemState)| {
-        let mut state = device.save();
-        change(&mut state);
-        Mem::restore(&config(), Arc::new(Recorder::default()), &state).unwrap_err()
+    let new = || {
+        Mem::new(&config(), Arc::new(Recorder::default()))
+            .unwrap()
+            .0
     };
-    restore(|state| state.address += BLOCK);
-    restore(|state| state.block_bytes *= 2);
-    restore(|state| state.requested_bytes = REGION * 2);
-    restore(|state| state.plugged = vec![(15, 2)]);
-    restore(|state| state.plugged = vec![(u32::MAX, u32::MAX)]);
-    restore(|state| state.plugged = vec![(1, 2), (2, 1)]);
-    restore(|state| state.plugged = vec![(1, 0)]);
+    let restore = |state: (u64, u64, u64, u64, Vec<(u32, u32)>)| {
+        let body = postcard::to_stdvec(&state).unwrap();
+        new().restore(&state_tests::seal(1, &body))
+    };
+    let runs = |runs: &[(u32, u32)]| (ADDRESS, REGION, BLOCK, REGION, runs.to_vec());
+    restore(runs(&[(1, 2), (3, 13)])).unwrap();
+    restore((ADDRESS + BLOCK, REGION, BLOCK, 0, vec![])).unwrap_err();
+    restore((ADDRESS, REGION, BLOCK * 2, 0, vec![])).unwrap_err();
+    restore((ADDRESS, REGION * 2, BLOCK, 0, vec![])).unwrap_err();
+    restore((ADDRESS, REGION, BLOCK, REGION * 2, vec![])).unwrap_err();
+    restore((ADDRESS, REGION, BLOCK, 1, vec![])).unwrap_err();
+    restore(runs(&[(15, 2)])).unwrap_err();
+    restore(runs(&[(u32::MAX, u32::MAX)])).unwrap_err();
+    restore(runs(&[(1, 2), (2, 1)])).unwrap_err();
+    restore(runs(&[(1, 0)])).unwrap_err();
+    let body = postcard::to_stdvec(&runs(&[(1, 2), (8, 3)])).unwrap();
+    state_tests::check_hostile(&state_tests::seal(1, &body), new);
 }
 
 proptest! {
@@ -314,12 +323,11 @@ proptest! {
             prop_assert!(plugged <= requested);
             prop_assert_eq!(guest.handle.plugged(), plugged * BLOCK);
         }
-        let state = guest.driver.device.save();
-        let json = serde_json::to_string(&state).unwrap();
-        let state: MemState = serde_json::from_str(&json).unwrap();
-        let (restored, handle) =
-            Mem::restore(&config(), Arc::new(Recorder::default()), &state).unwrap();
-        prop_assert_eq!(restored.save(), state);
+        let state = guest.driver.device.save().unwrap();
+        let (mut restored, handle) =
+            Mem::new(&config(), Arc::new(Recorder::default())).unwrap();
+        restored.restore(&state).unwrap();
+        prop_assert_eq!(restored.save().unwrap(), state);
         prop_assert_eq!(handle.status(), guest.handle.status());
     }
 

@@ -9,10 +9,11 @@ use super::control::ControlQueue;
 use super::handler::{NetHandler, Pair};
 use super::link::{AttachError, Link, Settings};
 use super::rx::RxQueue;
+use super::state::NetState;
 use super::tx::TxQueue;
-use super::{ConfigError, NetConfig, NetHandle, NetState, QUEUE_SIZE, RestoreError};
+use super::{ConfigError, NetConfig, NetHandle, QUEUE_SIZE};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, GuestMemory, HandlerId, Runner,
+    ActivateError, Activation, ActiveQueue, DeviceType, GuestMemory, HandlerId, Runner, StateError,
     VirtioDevice, config,
 };
 
@@ -23,8 +24,9 @@ pub struct Net {
     config: NetConfig,
     link: Arc<Link>,
     queue_sizes: Vec<u16>,
-    /// The settings come from a snapshot: the next activation carries on with them.
-    restored: bool,
+    /// A driver has made its settings, here or before a snapshot: the next activation
+    /// carries on with them.
+    has_settings: bool,
     active: Option<(Arc<dyn Runner>, HandlerId)>,
 }
 
@@ -36,10 +38,6 @@ impl Net {
     pub fn new(config: NetConfig) -> Result<(Self, NetHandle), ConfigError> {
         config.validate()?;
         let settings = Settings::new(config.mac);
-        Self::with(config, settings)
-    }
-
-    fn with(config: NetConfig, settings: Settings) -> Result<(Self, NetHandle), ConfigError> {
         let link = Link::new(settings).map_err(|err| ConfigError::System(err.to_string()))?;
         let link = Arc::new(link);
         let handle = NetHandle::new(Arc::clone(&link));
@@ -51,30 +49,18 @@ impl Net {
             queue_sizes: vec![QUEUE_SIZE; queues],
             config,
             link,
-            restored: false,
+            has_settings: false,
             active: None,
         };
         Ok((device, handle))
     }
 
-    /// What a snapshot keeps. Queues hold nothing back between two turns of the event
-    /// loop: save after [`VirtioDevice::reset`], or while the VM is paused.
-    #[must_use]
-    pub fn save(&self) -> NetState {
-        NetState::new(&self.config, self.link.settings())
-    }
-
-    /// Makes the device of a snapshot, without a tap. Limits are taken from `host`, all
-    /// that the driver knows from `state`; its next activation carries on with what the
-    /// driver had set.
-    ///
-    /// # Errors
-    /// When the state is damaged or of another version.
-    pub fn restore(state: &NetState, host: &NetConfig) -> Result<(Self, NetHandle), RestoreError> {
-        let (config, settings) = state.open(host)?;
-        let (mut device, handle) = Self::with(config, settings)?;
-        device.restored = true;
-        Ok((device, handle))
+    /// Buffers collected for frames to come are not in flight: they are available again to
+    /// whoever activates the device next.
+    fn stop(&mut self) {
+        if let Some((runner, id)) = self.active.take() {
+            runner.remove(id);
+        }
     }
 
     /// The queues by role: pairs, and the control queue behind them (5.1.2).
@@ -139,11 +125,11 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
+        self.stop();
         let io = |what| move |source| ActivateError::Io { what, source };
         let features = activation.features;
         let (pairs, control) = self.queues(&activation.memory, activation.queues, features)?;
-        if !std::mem::take(&mut self.restored) {
+        if !std::mem::take(&mut self.has_settings) {
             let mac = self.config.mac;
             self.link
                 .set(|settings| settings.start(mac, features))
@@ -160,15 +146,40 @@ impl VirtioDevice for Net {
             .add(Box::new(handler))
             .map_err(io("cannot watch the network queues"))?;
         self.active = Some((activation.runner, id));
-        self.link.change.arm(activation.interrupt);
-        Ok(())
+        self.link
+            .change
+            .arm(activation.interrupt)
+            .map_err(io("cannot notify the network driver"))
     }
 
     fn reset(&mut self) {
         self.link.change.disarm();
-        if let Some((runner, id)) = self.active.take() {
-            runner.remove(id);
-        }
+        self.stop();
+        self.has_settings = false;
+    }
+
+    fn quiesce(&mut self) {
+        self.link.change.suspend();
+        self.has_settings |= self.active.is_some();
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        NetState::new(&self.config, self.link.status(), self.link.settings()).encode()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state = NetState::decode(state, &self.config)?;
+        self.config.mac = state.mac;
+        let settings = state.settings;
+        self.link
+            .set(|now| *now = settings)
+            .map_err(|err| StateError::invalid(DeviceType::Net, err.to_string()))?;
+        self.link
+            .change
+            .restored(state.status != self.link.status());
+        self.has_settings = true;
+        Ok(())
     }
 }
 

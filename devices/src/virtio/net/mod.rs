@@ -15,7 +15,7 @@
 //! | `control` | the control queue (5.1.6.5) |
 //! | `handler` | queues, taps and the timer on the event loop |
 //! | `device` | [`Net`]: activation, reset |
-//! | `state` | [`NetState`]: what a snapshot keeps |
+//! | `state` | what a snapshot keeps |
 
 mod config;
 mod control;
@@ -35,7 +35,6 @@ pub use config::{ConfigError, NetConfig};
 pub use device::Net;
 pub use limiter::{Rate, RateLimit};
 pub use link::{AttachError, DetachError, NetHandle, NetStats};
-pub use state::{NetState, RestoreError};
 pub use tap::{TapDevice, TapError};
 
 /// Most pairs of receive and transmit queues.

@@ -2,8 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::NetConfig;
+use super::config::GUEST_OFFLOADS;
 use super::link::Settings;
-use super::{ConfigError, NetConfig};
+use crate::virtio::{DeviceType, StateError, state};
 
 /// The only version so far.
 const VERSION: u16 = 1;
@@ -11,69 +13,58 @@ const VERSION: u16 = 1;
 /// Everything the driver knows of the device and has set. The queues belong to the
 /// transport, the tap and the limits to whoever restores.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetState {
-    version: u16,
+pub(super) struct NetState {
     /// As configured: what a driver gets after a reset.
-    mac: [u8; 6],
+    pub(super) mac: [u8; 6],
     mtu: Option<u16>,
     queue_pairs: u16,
-    settings: Settings,
-}
-
-/// A saved device cannot be made again.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// Saved by a release with another layout.
-    #[error("state of the network device has version {found}, this release reads {VERSION}")]
-    Version {
-        /// In the state.
-        found: u16,
-    },
-    /// A number that no device can have saved.
-    #[error("state of the network device: {0}")]
-    Invalid(&'static str),
-    /// The state or the host does not allow it.
-    #[error("cannot restore the network device: {0}")]
-    Config(#[from] ConfigError),
+    /// The status field that the driver has seen.
+    pub(super) status: u16,
+    pub(super) settings: Settings,
 }
 
 impl NetState {
-    pub(super) fn new(config: &NetConfig, settings: Settings) -> Self {
+    pub(super) fn new(config: &NetConfig, status: u16, settings: Settings) -> Self {
         Self {
-            version: VERSION,
             mac: config.mac,
             mtu: config.mtu,
             queue_pairs: config.queue_pairs,
+            status,
             settings,
         }
     }
 
-    /// The device's configuration, with what only concerns the host from `host`, and what
-    /// its driver has set.
-    pub(super) fn open(&self, host: &NetConfig) -> Result<(NetConfig, Settings), RestoreError> {
-        if self.version != VERSION {
-            return Err(RestoreError::Version {
-                found: self.version,
-            });
+    pub(super) fn encode(&self) -> Result<Vec<u8>, StateError> {
+        state::encode(DeviceType::Net, VERSION, self)
+    }
+
+    /// The state in `bytes`, if it is of a device like `config`. The limits are the host's
+    /// affair, and the address is the driver's: it keeps the one it knows.
+    pub(super) fn decode(bytes: &[u8], config: &NetConfig) -> Result<Self, StateError> {
+        let state: Self = state::decode(DeviceType::Net, VERSION, bytes)?;
+        for (field, same) in [
+            ("mtu", state.mtu == config.mtu),
+            ("queue_pairs", state.queue_pairs == config.queue_pairs),
+        ] {
+            if !same {
+                return Err(StateError::mismatch(DeviceType::Net, field));
+            }
         }
-        let config = NetConfig {
-            mac: self.mac,
-            mtu: self.mtu,
-            queue_pairs: self.queue_pairs,
-            rx_limit: host.rx_limit,
-            tx_limit: host.tx_limit,
+        let invalid = |what| Err(StateError::invalid(DeviceType::Net, what));
+        let checked = NetConfig {
+            mac: state.mac,
+            ..config.clone()
         };
-        config.validate()?;
-        if !(1..=self.queue_pairs).contains(&self.settings.pairs) {
-            return Err(RestoreError::Invalid(
-                "more queue pairs in use than there are",
-            ));
+        if let Err(err) = checked.validate() {
+            return invalid(err.to_string());
         }
-        if self.settings.offloads & !super::config::GUEST_OFFLOADS != 0 {
-            return Err(RestoreError::Invalid("unknown offloads"));
+        if !(1..=state.queue_pairs).contains(&state.settings.pairs) {
+            return invalid("more queue pairs in use than there are".to_owned());
         }
-        Ok((config, self.settings.clone()))
+        if state.settings.offloads & !GUEST_OFFLOADS != 0 {
+            return invalid("unknown offloads".to_owned());
+        }
+        Ok(state)
     }
 }
 
@@ -82,8 +73,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::virtio::VirtioDevice;
     use crate::virtio::net::{Net, Rate, RateLimit};
+    use crate::virtio::{VirtioDevice, state_tests};
 
     fn settings() -> impl Strategy<Value = Settings> {
         let flags = (any::<bool>(), any::<bool>(), any::<u8>());
@@ -91,7 +82,7 @@ mod tests {
             |(mac, pairs, offloads, (up, announce, rx_mode))| Settings {
                 mac,
                 pairs,
-                offloads: offloads & super::super::config::GUEST_OFFLOADS,
+                offloads: offloads & GUEST_OFFLOADS,
                 rx_mode,
                 up,
                 announce,
@@ -108,36 +99,29 @@ mod tests {
                 queue_pairs: pairs,
                 ..NetConfig::new([2, 0, 0, 0, 0, 7])
             };
-            let state = NetState::new(&config, settings);
-            let bytes = serde_json::to_vec(&state).unwrap();
-            let read: NetState = serde_json::from_slice(&bytes).unwrap();
-            prop_assert_eq!(&read, &state);
+            let bytes = NetState::new(&config, 0, settings.clone()).encode().unwrap();
             let rate = Rate { per_second: 1, burst: 1 };
             let host = NetConfig {
                 rx_limit: RateLimit { bytes: Some(rate), frames: None },
-                ..NetConfig::new([2, 9, 9, 9, 9, 9])
+                mac: [2, 9, 9, 9, 9, 9],
+                ..config
             };
-            prop_assert_eq!(read.open(&host).unwrap().0.rx_limit, host.rx_limit);
-            let (device, handle) = Net::restore(&read, &host).unwrap();
-            let (original, _) = Net::new(config).unwrap();
-            prop_assert_eq!(device.features(), original.features());
-            prop_assert_eq!(device.queue_sizes(), original.queue_sizes());
-            prop_assert_eq!(handle.mac(), state.settings.mac);
-            prop_assert_eq!(device.save(), state);
+            let (mut device, handle) = Net::new(host).unwrap();
+            device.restore(&bytes).unwrap();
+            prop_assert_eq!(handle.mac(), settings.mac);
+            prop_assert_eq!(device.save().unwrap(), bytes);
         }
     }
 
     #[test]
-    fn other_versions_and_damaged_states_are_refused() {
+    fn states_of_other_devices_are_refused() {
         let config = NetConfig::new([2, 0, 0, 0, 0, 7]);
-        let state = NetState::new(&config, Settings::new(config.mac));
-        Net::restore(&state, &config).unwrap();
-        let newer = NetState {
-            version: 2,
-            ..state.clone()
+        let state = NetState::new(&config, 1, Settings::new(config.mac));
+        let restore = |config: &NetConfig, state: &NetState| {
+            let (mut device, _handle) = Net::new(config.clone()).unwrap();
+            device.restore(&state.encode().unwrap())
         };
-        let err = Net::restore(&newer, &config).unwrap_err();
-        assert!(matches!(err, RestoreError::Version { found: 2 }), "{err}");
+        restore(&config, &state).unwrap();
         for change in [
             |settings: &mut Settings| settings.pairs = 2,
             |settings: &mut Settings| settings.pairs = 0,
@@ -145,12 +129,23 @@ mod tests {
         ] {
             let mut damaged = state.clone();
             change(&mut damaged.settings);
-            Net::restore(&damaged, &config).unwrap_err();
+            let err = restore(&config, &damaged).unwrap_err();
+            assert!(matches!(err, StateError::Invalid { .. }), "{err}");
         }
-        let damaged = NetState {
-            queue_pairs: 0,
-            ..state
-        };
-        Net::restore(&damaged, &config).unwrap_err();
+        for other in [
+            NetConfig {
+                queue_pairs: 2,
+                ..config.clone()
+            },
+            NetConfig {
+                mtu: Some(1400),
+                ..config.clone()
+            },
+        ] {
+            let err = restore(&other, &state).unwrap_err();
+            assert!(matches!(err, StateError::Mismatch { .. }), "{err}");
+        }
+        let state = state.encode().unwrap();
+        state_tests::check_hostile(&state, || Net::new(config.clone()).unwrap().0);
     }
 }

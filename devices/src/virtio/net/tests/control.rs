@@ -6,16 +6,20 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::*;
+use crate::virtio::net::state::NetState;
 
 const OK: u8 = 0;
 const ERR: u8 = 1;
 
-fn nic() -> Nic {
-    let config = NetConfig {
+fn config() -> NetConfig {
+    NetConfig {
         queue_pairs: 2,
         ..NetConfig::new(MAC)
-    };
-    Nic::new(config, 0)
+    }
+}
+
+fn nic() -> Nic {
+    Nic::new(config(), 0)
 }
 
 #[test]
@@ -27,8 +31,10 @@ fn receive_modes_5_1_6_5_1() {
     assert_eq!(nic.command(4, 0, 2, &[0]), OK);
     assert_eq!(nic.command(4, 0, 6, &[1]), ERR);
     assert_eq!(nic.command(4, 0, 0, &[1, 2]), ERR);
-    let state = serde_json::to_value(nic.driver.device.save()).unwrap();
-    assert_eq!(state["settings"]["rx_mode"], 0b11_1011);
+    nic.driver.device.quiesce();
+    let state = nic.driver.device.save().unwrap();
+    let state = NetState::decode(&state, &config()).unwrap();
+    assert_eq!(state.settings.rx_mode, 0b11_1011);
 }
 
 #[test]

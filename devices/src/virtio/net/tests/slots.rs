@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::*;
-use crate::virtio::net::{AttachError, DetachError, NetState};
+use crate::virtio::net::{AttachError, DetachError};
 
 #[test]
 fn taps_come_and_go() {
@@ -139,17 +139,20 @@ fn a_restored_device_carries_on() {
         nic.wait(|handle| handle.stats().rx_frames == 1);
         let received = nic.driver.queues[0].pop_used();
         assert_eq!(received.unwrap().data[HEADER_BYTES..], first);
-        let saved = serde_json::to_vec(&nic.driver.device.save()).unwrap();
-        nic.driver.device.reset();
+        nic.driver.device.quiesce();
+        let state = nic.driver.device.save().unwrap();
         nic.handle.detach(SOON).unwrap();
 
-        let state: NetState = serde_json::from_slice(&saved).unwrap();
-        let (device, handle) = Net::restore(&state, &config).unwrap();
+        let (mut device, handle) = Net::new(config).unwrap();
+        device.restore(&state).unwrap();
         drop(std::mem::replace(&mut nic.driver.device, device));
         nic.handle = handle;
         nic.handle.attach(tap("tap1", 2)).unwrap();
         let wire = Wire::new("tap1");
-        activate_at_used(&mut nic);
+        let told = nic.driver.interrupt.config_count();
+        nic.driver.activate().unwrap();
+        // The link was down for a while.
+        assert_eq!(nic.driver.interrupt.config_count(), told + 1);
         assert_eq!(nic.handle.mac(), [2, 5, 5, 5, 5, 5]);
         for round in 0..10 {
             let sent = frame(HOST, MAC, &payload(round, 80));
@@ -162,36 +165,33 @@ fn a_restored_device_carries_on() {
     });
 }
 
-/// As a transport does after a restore.
-fn activate_at_used(nic: &mut Nic) {
-    use virtio_queue::QueueT;
-    let driver = &mut nic.driver;
-    let features = driver.device.features();
-    let queues = driver
-        .queues
-        .iter()
-        .zip(0..)
-        .map(|(queue, index)| {
-            let mut active = queue.activate(index);
-            let memory = driver.guest.memory();
-            let used = active
-                .queue
-                .used_idx(&*memory, std::sync::atomic::Ordering::Acquire)
-                .unwrap();
-            active.queue.set_next_used(used.0);
-            active.queue.set_next_avail(used.0);
-            active.queue.set_event_idx(true);
-            active
-        })
-        .collect();
-    let activation = crate::virtio::Activation {
-        memory: driver.guest.memory(),
-        queues,
-        interrupt: Arc::clone(&driver.interrupt) as _,
-        features,
-        runner: driver.runner.runner(),
-    };
-    driver.device.activate(activation).unwrap();
+/// What the driver has set outlasts a pause, frames that come meanwhile wait in the tap.
+#[test]
+fn a_quiesced_device_carries_on() {
+    in_namespace(|| {
+        let mut nic = Nic::new(NetConfig::new(MAC), 0);
+        nic.handle.attach(tap("tap0", 1)).unwrap();
+        let wire = Wire::new("tap0");
+        let mac = [2, 5, 5, 5, 5, 5];
+        assert_eq!(nic.command(2, 1, 1, &mac), 0);
+        nic.provide(0, 100, 1024);
+        for round in 0..5 {
+            nic.driver.device.quiesce();
+            nic.driver.device.quiesce();
+            let sent = frame(HOST, MAC, &payload(round, 80));
+            wire.send(&sent);
+            nic.driver.activate().unwrap();
+            assert_eq!(nic.receive(0).0, sent);
+            assert_eq!(nic.handle.mac(), mac);
+            let out = frame(MAC, BROADCAST, &payload(round, 60));
+            nic.send(1, &out);
+            assert_eq!(wire.receive(), out);
+        }
+        nic.driver.device.reset();
+        nic.driver.device.quiesce();
+        nic.driver.activate().unwrap();
+        assert_eq!(nic.handle.mac(), MAC, "a reset forgets the settings");
+    });
 }
 
 #[test]
