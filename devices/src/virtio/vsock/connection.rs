@@ -9,6 +9,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::buffers::Buffers;
 use super::credit::{Credit, Granted};
 use super::host::Waiter;
@@ -25,7 +27,7 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// What names a connection; the guest's address is the same for all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Ports {
     /// On the host's side.
     pub local: u32,
@@ -174,6 +176,11 @@ impl Connection {
     /// The guest has forgotten it: its ports are free.
     pub fn guest_is_done(&self) -> bool {
         matches!(self.state, State::Flushing | State::Closed)
+    }
+
+    /// The guest has asked for it and not been answered.
+    pub fn owes_response(&self) -> bool {
+        self.pending.response && matches!(self.state, State::Open)
     }
 
     /// The reset that the guest is due when the connection ends now.

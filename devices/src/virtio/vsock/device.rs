@@ -8,14 +8,16 @@ use std::sync::Arc;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::handler::Handler;
+use super::handler::{Connections, Handler};
 use super::host::{Host, VsockHandle};
 use super::muxer::Muxer;
 use super::packet::CID_GUEST_MIN;
 use super::queues::Queues;
+use super::state::VsockState;
 use super::uds::Listener;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, VirtioDevice, config,
+    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, StateError,
+    VirtioDevice, config,
 };
 
 /// Receive, transmit, event.
@@ -57,6 +59,8 @@ pub struct Vsock {
     config: VsockConfig,
     host: Arc<Host>,
     listener: Option<Listener>,
+    /// Of the driver that has started the device, here or before a snapshot.
+    connections: Option<Arc<Connections>>,
     active: Option<(Arc<dyn Runner>, HandlerId)>,
 }
 
@@ -84,12 +88,13 @@ impl Vsock {
             config,
             host,
             listener,
+            connections: None,
             active: None,
         };
         Ok((device, handle))
     }
 
-    fn handler(&self, activation: Activation) -> io::Result<Handler> {
+    fn handler(&mut self, activation: Activation) -> io::Result<Handler> {
         let Activation {
             memory,
             queues,
@@ -105,14 +110,29 @@ impl Vsock {
             tx,
             event,
         };
-        let muxer = Muxer::new(
+        let connections = match &self.connections {
+            Some(connections) => Arc::clone(connections),
+            None => Arc::new(Connections::new(self.muxer()?)),
+        };
+        connections.keep(false);
+        self.connections = Some(Arc::clone(&connections));
+        let listener = self.listener.as_ref().map(Listener::socket).transpose()?;
+        Handler::new(queues, connections, Arc::clone(&self.host), listener)
+    }
+
+    fn muxer(&self) -> io::Result<Muxer> {
+        Muxer::new(
             u64::from(self.config.guest_cid),
             self.config.max_connections,
             Arc::clone(&self.host),
             self.config.uds_path.clone(),
-        )?;
-        let listener = self.listener.as_ref().map(Listener::socket).transpose()?;
-        Handler::new(queues, muxer, Arc::clone(&self.host), listener)
+        )
+    }
+
+    fn stop(&mut self) {
+        if let Some((runner, id)) = self.active.take() {
+            runner.remove(id);
+        }
     }
 }
 
@@ -148,7 +168,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
+        self.stop();
         let complete = activation.queues.iter().map(|queue| queue.index).eq(0..3);
         if !complete {
             return Err(ActivateError::MissingQueues {
@@ -169,9 +189,35 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        if let Some((runner, id)) = self.active.take() {
-            runner.remove(id);
+        self.stop();
+        self.connections = None;
+    }
+
+    /// Streams stay open: what is written to them waits.
+    fn quiesce(&mut self) {
+        if let Some(connections) = &self.connections {
+            connections.keep(true);
         }
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let mut state = VsockState::new(self.config.guest_cid);
+        if let Some(connections) = &self.connections {
+            connections.lock().save(&mut state);
+        }
+        state.encode()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state = VsockState::decode(state, self.config.guest_cid)?;
+        let mut muxer = self.muxer().map_err(|source| StateError::Io {
+            what: "cannot set up the vsock connections",
+            source,
+        })?;
+        muxer.restore(state);
+        self.connections = Some(Arc::new(Connections::new(muxer)));
+        Ok(())
     }
 }
 

@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,11 +30,39 @@ const READ: Interest = Interest {
     writable: false,
 };
 
+/// The connections of a device, which outlive an activation when the device is only
+/// quiesced.
+#[derive(Debug)]
+pub struct Connections {
+    muxer: Mutex<Muxer>,
+    keep: AtomicBool,
+}
+
+impl Connections {
+    /// Of a muxer that is not on a loop.
+    pub fn new(muxer: Muxer) -> Self {
+        Self {
+            muxer: Mutex::new(muxer),
+            keep: AtomicBool::new(false),
+        }
+    }
+
+    /// Says whether the connections stay when their handler leaves the loop.
+    pub fn keep(&self, keep: bool) {
+        self.keep.store(keep, Ordering::SeqCst);
+    }
+
+    /// Only the handler uses them while there is one.
+    pub fn lock(&self) -> MutexGuard<'_, Muxer> {
+        self.muxer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// What one activation runs on the loop.
 #[derive(Debug)]
 pub struct Handler {
     queues: Queues,
-    muxer: Muxer,
+    connections: Arc<Connections>,
     host: Arc<Host>,
     /// Requests of handles, and this handler's own "go on".
     wake: EventFd,
@@ -45,13 +74,13 @@ pub struct Handler {
 impl Handler {
     pub fn new(
         queues: Queues,
-        muxer: Muxer,
+        connections: Arc<Connections>,
         host: Arc<Host>,
         listener: Option<UnixListener>,
     ) -> io::Result<Self> {
         Ok(Self {
             queues,
-            muxer,
+            connections,
             wake: host.wake_event()?,
             host,
             listener,
@@ -59,13 +88,13 @@ impl Handler {
         })
     }
 
-    fn accept(&mut self, lp: &mut dyn Loop) {
+    fn accept(&self, lp: &mut dyn Loop, muxer: &mut Muxer) {
         let Some(listener) = &self.listener else {
             return;
         };
         for _ in 0..ACCEPT_BUDGET {
             match uds::accept(listener) {
-                Ok(stream) => self.muxer.add_client(lp, stream),
+                Ok(stream) => muxer.add_client(lp, stream),
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => return,
                 Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(err) => {
@@ -79,27 +108,27 @@ impl Handler {
     }
 
     /// Moves packets until the queues are idle or the budget is spent.
-    fn pump(&mut self, lp: &mut dyn Loop) -> Result<(), QueueError> {
+    fn pump(&mut self, lp: &mut dyn Loop, muxer: &mut Muxer) -> Result<(), QueueError> {
         // First, so that requests for connections follow the event.
-        self.queues.pump_event(&mut self.muxer)?;
-        let tx = self.queues.pump_tx(lp, &mut self.muxer)?;
-        let rx = self.queues.pump_rx(lp, &mut self.muxer)?;
-        let unblocked = tx == Progress::Blocked && !self.muxer.is_congested();
+        self.queues.pump_event(muxer)?;
+        let tx = self.queues.pump_tx(lp, muxer)?;
+        let rx = self.queues.pump_rx(lp, muxer)?;
+        let unblocked = tx == Progress::Blocked && !muxer.is_congested();
         if tx == Progress::More || rx == Progress::More || unblocked {
             self.host.wake();
         }
         Ok(())
     }
 
-    fn fail(&mut self, lp: &mut dyn Loop, err: &QueueError) {
+    fn fail(&mut self, lp: &mut dyn Loop, muxer: &mut Muxer, err: &QueueError) {
         self.failed = true;
-        self.muxer.drop_connections(lp);
+        muxer.drop_connections(lp);
         for fd in [
             self.queues.rx.notify.as_raw_fd(),
             self.queues.tx.notify.as_raw_fd(),
             self.queues.event.notify.as_raw_fd(),
             self.wake.as_raw_fd(),
-            self.muxer.deadlines().fd(),
+            muxer.deadlines().fd(),
         ] {
             lp.forget(fd);
         }
@@ -116,7 +145,11 @@ impl EventHandler for Handler {
         lp.watch(self.queues.tx.notify.as_raw_fd(), TX, READ)?;
         lp.watch(self.queues.event.notify.as_raw_fd(), EVENT, READ)?;
         lp.watch(self.wake.as_raw_fd(), WAKE, READ)?;
-        lp.watch(self.muxer.deadlines().fd(), DEADLINE, READ)?;
+        {
+            let mut muxer = self.connections.lock();
+            muxer.start(lp);
+            lp.watch(muxer.deadlines().fd(), DEADLINE, READ)?;
+        }
         if let Some(listener) = &self.listener {
             lp.watch(listener.as_raw_fd(), LISTENER, READ)?;
         }
@@ -129,6 +162,8 @@ impl EventHandler for Handler {
         if self.failed {
             return;
         }
+        let connections = Arc::clone(&self.connections);
+        let muxer = &mut *connections.lock();
         // Event counters: an empty one (EAGAIN) is a stale event, and just as good.
         match token {
             RX => drop(self.queues.rx.notify.read()),
@@ -136,21 +171,29 @@ impl EventHandler for Handler {
             EVENT => drop(self.queues.event.notify.read()),
             WAKE => {
                 let _ = self.wake.read();
-                self.muxer.serve_host(lp);
+                muxer.serve_host(lp);
             }
-            DEADLINE => self.muxer.expire(lp),
-            LISTENER => self.accept(lp),
-            id if id >= FIRST_ID => self.muxer.ready(lp, id, ready),
+            DEADLINE => muxer.expire(lp),
+            LISTENER => self.accept(lp, muxer),
+            id if id >= FIRST_ID => muxer.ready(lp, id, ready),
             _ => {}
         }
-        if let Err(err) = self.pump(lp) {
-            self.fail(lp, &err);
+        if let Err(err) = self.pump(lp, muxer) {
+            self.fail(lp, muxer, &err);
             return;
         }
-        if let Err(err) = self.muxer.deadlines().arm() {
+        if let Err(err) = muxer.deadlines().arm() {
             self.queues
                 .interrupt
                 .needs_reset(&format!("vsock: cannot set the deadline timer: {err}"));
+        }
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        if !self.connections.keep.load(Ordering::SeqCst) {
+            self.connections.lock().close();
         }
     }
 }

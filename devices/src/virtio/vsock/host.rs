@@ -79,7 +79,49 @@ impl VsockHandle {
         }
         let (listener, streams) = mpsc::channel(BACKLOG);
         state.listeners.insert(host_port, listener);
+        if state.holds.remove(&host_port).is_some() {
+            drop(state);
+            self.host.wake();
+        }
         Ok(streams)
+    }
+
+    /// From now on connects of the guest to `host_port` are neither accepted nor refused
+    /// but held, until somebody calls [`VsockHandle::listen`] for the port: its listener
+    /// then gets them in order. At most 16 are held at a time, of all ports together; more
+    /// are refused. Held connects are part of a snapshot, and so a restored device holds
+    /// them too.
+    ///
+    /// The receiver resolves once there is one. Dropping it changes nothing.
+    ///
+    /// # Errors
+    /// `AddrInUse` when the port has a listener, or somebody waits for a connect to it;
+    /// `NotConnected` when the device is gone.
+    pub fn hold(&self, host_port: u32) -> io::Result<oneshot::Receiver<()>> {
+        let mut state = self.host.lock();
+        if state.closed {
+            return Err(gone());
+        }
+        let listened = state
+            .listeners
+            .get(&host_port)
+            .is_some_and(|listener| !listener.is_closed());
+        let awaited = state
+            .holds
+            .get(&host_port)
+            .is_some_and(|told| told.as_ref().is_some_and(|told| !told.is_closed()));
+        if listened || awaited {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!("vsock host port {host_port} is in use"),
+            ));
+        }
+        let (told, receiver) = oneshot::channel();
+        state.holds.insert(host_port, Some(told));
+        drop(state);
+        // There may be one from before a snapshot.
+        self.host.wake();
+        Ok(receiver)
     }
 
     /// Drops every connection and tells the driver to do the same
@@ -110,6 +152,8 @@ struct State {
     connects: VecDeque<Connect>,
     cancelled: Vec<u64>,
     listeners: HashMap<u32, mpsc::Sender<UnixStream>>,
+    /// Ports whose connects are held, and who waits for the first one.
+    holds: HashMap<u32, Option<oneshot::Sender<()>>>,
     transport_reset: bool,
     closed: bool,
 }
@@ -177,6 +221,31 @@ impl Host {
     /// Whether a transport reset was asked for since the last call.
     pub fn take_transport_reset(&self) -> bool {
         std::mem::take(&mut self.lock().transport_reset)
+    }
+
+    /// Whether connects to `port` are to be held.
+    pub fn holds(&self, port: u32) -> bool {
+        self.lock().holds.contains_key(&port)
+    }
+
+    /// Holds connects to these ports, as before a snapshot, unless somebody listens.
+    pub fn keep_holding(&self, ports: impl Iterator<Item = u32>) {
+        let state = &mut *self.lock();
+        for port in ports {
+            let listener = state.listeners.get(&port);
+            if listener.is_none_or(mpsc::Sender::is_closed) {
+                state.holds.entry(port).or_default();
+            }
+        }
+    }
+
+    /// A connect to `port` is held.
+    pub fn tell_held(&self, port: u32) {
+        let told = self.lock().holds.get_mut(&port).and_then(Option::take);
+        if let Some(told) = told {
+            // Who asked may have gone.
+            let _ = told.send(());
+        }
     }
 
     /// Offers the host half of a new pair to whoever listens on `port`; `make` is called

@@ -23,24 +23,30 @@
 //! | `connection` | state machine of one connection |
 //! | `credit` | flow control (5.10.6.3) |
 //! | `opener` | who on the host asked for a connection |
+//! | `held` | connects of the guest that are answered later |
+//! | `entry` | a connection on the event loop |
 //! | `muxer` | all connections, what is to be sent to the guest, deadlines |
 //! | `uds` | the Unix sockets of the hybrid model |
-//! | `host` | [`VsockHandle`]: connect, listen, transport reset |
+//! | `host` | [`VsockHandle`]: connect, listen, hold, transport reset |
 //! | `queues` | the three virtqueues |
 //! | `handler` | the fds on the event loop |
 //! | `device` | [`Vsock`]: config space, activation, reset |
+//! | `state` | what a snapshot keeps |
 
 mod buffers;
 mod connection;
 mod credit;
 mod deadlines;
 mod device;
+mod entry;
 mod handler;
+mod held;
 mod host;
 mod muxer;
 mod opener;
 mod packet;
 mod queues;
+mod state;
 mod tx_buffer;
 mod uds;
 

@@ -1,6 +1,8 @@
 //! All connections of one device: who gets a packet, who sends the next one, who has
 //! taken too long.
 
+mod lifecycle;
+
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,6 +14,8 @@ use std::time::{Duration, Instant};
 use super::buffers::Buffers;
 use super::connection::{Connection, Ports};
 use super::deadlines::Deadlines;
+use super::entry::Entry;
+use super::held::{HeldDials, Outcome};
 use super::host::{Connect, Host, Offer};
 use super::opener::Opener;
 use super::packet::{CID_HOST, Header, TYPE_STREAM, op};
@@ -27,7 +31,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Replies that wait for the guest before no more of its packets are taken.
 const MAX_REPLIES: usize = 256;
 /// Host ports of connections that the host opens, clear of well-known ones.
-const FIRST_LOCAL_PORT: u32 = 1 << 30;
+pub const FIRST_LOCAL_PORT: u32 = 1 << 30;
 
 /// The guest may have this many bytes in flight on each of its first connections ...
 const BUF_ALLOC: u32 = 256 * 1024;
@@ -35,18 +39,10 @@ const BUF_ALLOC: u32 = 256 * 1024;
 const BUF_ALLOC_MANY: u32 = 64 * 1024;
 const MANY: usize = 64;
 
-/// A connection and its place in the muxer's tables.
-#[derive(Debug)]
-struct Entry {
-    connection: Connection,
-    watched: Option<Interest>,
-    /// In the `sending` list.
-    queued: bool,
-    /// In the deadline table, at this time.
-    deadline: Option<Instant>,
-    /// In `by_ports`.
-    named: bool,
-}
+const READ: Interest = Interest {
+    readable: true,
+    writable: false,
+};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -61,6 +57,8 @@ pub struct Muxer {
     clients: HashMap<u64, (Client, Instant)>,
     /// Connections with something to send, served in turns.
     sending: VecDeque<u64>,
+    /// Connects of the guest that wait for a listener.
+    held: HeldDials,
     /// Resets that belong to no connection any more.
     replies: VecDeque<Header>,
     deadlines: Deadlines,
@@ -87,6 +85,7 @@ impl Muxer {
             by_ports: HashMap::new(),
             clients: HashMap::new(),
             sending: VecDeque::new(),
+            held: HeldDials::default(),
             replies: VecDeque::new(),
             deadlines: Deadlines::new()?,
             next_id: FIRST_ID,
@@ -130,10 +129,36 @@ impl Muxer {
                 entry.connection.receive(&header, buffers);
             }
             self.settle(lp, id);
-        } else if header.op == op::REQUEST {
-            self.accept_guest(lp, ports, &header);
         } else {
-            self.reply_reset(&header);
+            match self.held.receive(ports, &header) {
+                Outcome::Holds => {}
+                Outcome::Unknown if header.op == op::REQUEST => {
+                    self.release_held(lp);
+                    self.dialled(lp, ports, &header);
+                }
+                Outcome::Unknown | Outcome::Ends => self.reply_reset(&header),
+            }
+        }
+    }
+
+    /// A guest's connect, to be held or answered.
+    fn dialled(&mut self, lp: &mut dyn Loop, ports: Ports, request: &Header) {
+        if !self.host.holds(ports.local) {
+            self.accept_guest(lp, ports, request);
+        } else if self.held.add(ports, request) {
+            self.host.tell_held(ports.local);
+        } else {
+            self.reply_reset(request);
+        }
+    }
+
+    /// Answers the held connects whose port has a listener now.
+    fn release_held(&mut self, lp: &mut dyn Loop) {
+        while let Some(dial) = self.held.take(|port| !self.host.holds(port)) {
+            self.accept_guest(lp, dial.ports, &dial.request(self.guest_cid));
+        }
+        for dial in self.held.iter() {
+            self.host.tell_held(dial.ports.local);
         }
     }
 
@@ -209,6 +234,7 @@ impl Muxer {
         for id in self.host.take_cancelled() {
             self.abort(lp, id, io::Error::from(io::ErrorKind::ConnectionAborted));
         }
+        self.release_held(lp);
         while let Some(connect) = self.host.next_connect() {
             self.connect(lp, connect);
         }
@@ -278,11 +304,7 @@ impl Muxer {
             return;
         }
         let id = self.take_id();
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
-        if lp.watch(stream.as_raw_fd(), id, interest).is_ok() {
+        if lp.watch(stream.as_raw_fd(), id, READ).is_ok() {
             let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
             self.deadlines.add(deadline, id);
             self.clients.insert(id, (Client::new(stream), deadline));
@@ -400,16 +422,7 @@ impl Muxer {
 
     fn add(&mut self, lp: &mut dyn Loop, id: u64, connection: Connection) {
         self.by_ports.insert(connection.ports(), id);
-        self.entries.insert(
-            id,
-            Entry {
-                connection,
-                watched: None,
-                queued: false,
-                deadline: None,
-                named: true,
-            },
-        );
+        self.entries.insert(id, Entry::new(connection));
         self.settle(lp, id);
     }
 
@@ -429,7 +442,7 @@ impl Muxer {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
-        if !watch(lp, id, entry) {
+        if !entry.watch(lp, id) {
             entry
                 .connection
                 .abort(io::Error::other("the event loop cannot watch the socket"));
@@ -469,40 +482,8 @@ impl Muxer {
 
 impl Drop for Muxer {
     fn drop(&mut self) {
-        // The loop has forgotten the fds by itself.
-        for entry in self.entries.values_mut() {
-            entry
-                .connection
-                .abort(io::Error::from(io::ErrorKind::ConnectionReset));
-        }
+        self.close();
     }
-}
-
-/// Adds what is missing to the watch of an entry; false if the loop refuses.
-fn watch(lp: &mut dyn Loop, id: u64, entry: &mut Entry) -> bool {
-    let fd = entry.connection.stream().as_raw_fd();
-    match (entry.connection.interest(), entry.watched) {
-        (None, None) => {}
-        (None, Some(_)) => {
-            lp.forget(fd);
-            entry.watched = None;
-        }
-        (Some(wanted), None) => {
-            if lp.watch(fd, id, wanted).is_err() {
-                return false;
-            }
-            entry.watched = Some(wanted);
-        }
-        (Some(wanted), Some(has)) => {
-            if (wanted.readable && !has.readable) || (wanted.writable && !has.writable) {
-                if lp.rewatch(fd, id, wanted).is_err() {
-                    return false;
-                }
-                entry.watched = Some(wanted);
-            }
-        }
-    }
-    true
 }
 
 fn stream_pair() -> io::Result<(UnixStream, UnixStream)> {

@@ -4,5 +4,6 @@ mod close;
 mod guest;
 mod hostile;
 mod open;
+mod snapshot;
 mod transfer;
 mod unix;

@@ -1,0 +1,85 @@
+//! Between event loops, and between processes.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::{Muxer, READ};
+use crate::virtio::Loop;
+use crate::virtio::vsock::connection::{Connection, Ports};
+use crate::virtio::vsock::held::HeldDials;
+use crate::virtio::vsock::packet::{CID_HOST, Header, TYPE_STREAM, op};
+use crate::virtio::vsock::state::{MAX_RESETS, VsockState};
+
+impl Muxer {
+    /// What a snapshot keeps.
+    pub fn save(&self, state: &mut VsockState) {
+        let connections = || self.entries.values().map(|entry| &entry.connection);
+        state.next_local_port = self.next_local_port;
+        state.lost_connections =
+            self.resetting || connections().any(|connection| !connection.guest_is_done());
+        state.held = self.held.iter().copied().collect();
+        // The event does not end a connect of the guest: that waits for its answer.
+        let unanswered = connections()
+            .filter(|connection| connection.owes_response())
+            .map(Connection::ports);
+        let replies = self.replies.iter().map(|reply| Ports {
+            local: reply.src_port,
+            peer: reply.dst_port,
+        });
+        state.resets = replies.chain(unanswered).take(MAX_RESETS).collect();
+    }
+
+    /// Takes what another process has saved.
+    pub fn restore(&mut self, state: VsockState) {
+        self.next_local_port = state.next_local_port;
+        self.resetting = state.lost_connections;
+        self.host
+            .keep_holding(state.held.iter().map(|dial| dial.ports.local));
+        self.held = HeldDials::restored(state.held).unwrap_or_default();
+        let guest_cid = self.guest_cid;
+        let reset = |ports: Ports| Header {
+            src_cid: CID_HOST,
+            dst_cid: guest_cid,
+            src_port: ports.local,
+            dst_port: ports.peer,
+            kind: TYPE_STREAM,
+            op: op::RST,
+            ..Header::default()
+        };
+        self.replies = state.resets.into_iter().map(reset).collect();
+    }
+
+    /// Begins on a loop, which watches nothing of it yet.
+    pub fn start(&mut self, lp: &mut dyn Loop) {
+        for entry in self.entries.values_mut() {
+            entry.watched = None;
+        }
+        let ids: Vec<u64> = self.entries.keys().copied().collect();
+        for id in ids {
+            self.settle(lp, id);
+        }
+        let mut refused = Vec::new();
+        for (id, (client, _)) in &self.clients {
+            if lp.watch(client.stream().as_raw_fd(), *id, READ).is_err() {
+                refused.push(*id);
+            }
+        }
+        for id in refused {
+            self.remove_client(lp, id);
+        }
+    }
+
+    /// Ends everything without a word to the guest. The loop has forgotten the fds.
+    pub fn close(&mut self) {
+        for (_, mut entry) in self.entries.drain() {
+            entry
+                .connection
+                .abort(io::Error::from(io::ErrorKind::ConnectionReset));
+        }
+        self.by_ports.clear();
+        self.clients.clear();
+        self.sending.clear();
+        self.replies.clear();
+        self.held.clear();
+    }
+}
