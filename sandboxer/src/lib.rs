@@ -20,6 +20,7 @@ pub mod pod;
 pub mod rpc;
 pub mod server;
 pub mod task;
+pub mod template;
 
 #[cfg(test)]
 mod testing;

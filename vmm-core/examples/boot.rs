@@ -8,7 +8,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use vmm_core::vm::Vm;
-use vmm_core::{Host, Machine, MachineConfig};
+use vmm_core::{DeviceSet, Host, Machine, MachineConfig};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -27,7 +27,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     config.memory_bytes = args.next().map_or(Ok(128), |mib| mib.parse::<u64>())? << 20;
     config.cmdline = args.collect::<Vec<_>>().join(" ");
     config.console.echo = true;
-    let config = config.with_rng()?;
+    config.devices = DeviceSet::new().with_rng()?;
 
     // The machine: built, started, awaited. Dropping it would end it, too.
     let machine = Machine::build(&host, config)?;

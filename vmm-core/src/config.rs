@@ -4,10 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use devices::virtio::VirtioDevice;
-use devices::virtio::vsock::{Vsock, VsockConfig, VsockHandle};
-
 use crate::arch;
+use crate::device_set::DeviceSet;
 use crate::host::Host;
 
 /// Fewest bytes of memory a Linux guest boots with.
@@ -51,26 +49,17 @@ impl Default for ConsoleLog {
     }
 }
 
-/// A device and what to call it in errors and logs.
-#[derive(Debug)]
-pub struct NamedDevice {
-    /// For errors and logs.
-    pub name: String,
-    /// The model.
-    pub device: Box<dyn VirtioDevice>,
-}
-
 /// Everything a [`crate::Machine`] is built from.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// use vmm_core::{Host, Machine, MachineConfig};
+/// use vmm_core::{DeviceSet, Host, Machine, MachineConfig};
 ///
 /// let host = Host::probe()?;
 /// let mut config = MachineConfig::new("pod-1", "/boot/vmlinux");
 /// config.vcpus = 2;
 /// config.initramfs = Some("/boot/initramfs.cpio".into());
-/// let config = config.with_rng()?;
+/// config.devices = DeviceSet::new().with_rng()?;
 /// let machine = Machine::build(&host, config)?;
 /// # Ok(()) }
 /// ```
@@ -91,11 +80,10 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Serial console output.
     pub console: ConsoleLog,
-    /// Virtio devices, in the order in which the guest finds them.
-    pub devices: Vec<NamedDevice>,
+    /// Virtio devices.
+    pub devices: DeviceSet,
     /// How the guest finds them.
     pub discovery: Discovery,
-    pub(crate) vsock: Option<VsockHandle>,
 }
 
 impl MachineConfig {
@@ -110,40 +98,9 @@ impl MachineConfig {
             initramfs: None,
             cmdline: String::new(),
             console: ConsoleLog::default(),
-            devices: Vec::new(),
+            devices: DeviceSet::new(),
             discovery: Discovery::Auto,
-            vsock: None,
         }
-    }
-
-    /// Adds a device.
-    #[must_use]
-    pub fn with_device(mut self, name: impl Into<String>, device: Box<dyn VirtioDevice>) -> Self {
-        self.devices.push(NamedDevice {
-            name: name.into(),
-            device,
-        });
-        self
-    }
-
-    /// Adds an entropy device fed by the host.
-    ///
-    /// # Errors
-    /// When the host's entropy source cannot be opened.
-    pub fn with_rng(self) -> io::Result<Self> {
-        let rng = devices::virtio::rng::Rng::new()?;
-        Ok(self.with_device("rng", Box::new(rng)))
-    }
-
-    /// Adds the socket device, which makes [`crate::vm::Vm::connect`] and
-    /// [`crate::vm::Vm::listen`] work. A machine has one: these calls use the last added.
-    ///
-    /// # Errors
-    /// When the device cannot get its fds or its Unix socket.
-    pub fn with_vsock(mut self, config: VsockConfig) -> io::Result<Self> {
-        let (vsock, handle) = Vsock::new(config)?;
-        self.vsock = Some(handle);
-        Ok(self.with_device("vsock", Box::new(vsock)))
     }
 
     /// Checks every field against the host and the files.
@@ -151,7 +108,7 @@ impl MachineConfig {
     /// # Errors
     /// The first field that cannot be, with its value and what to do.
     pub fn validate(&self, host: &Host) -> Result<(), ConfigError> {
-        self.validate_name()?;
+        validate_name(&self.name)?;
         let most_vcpus = MAX_VCPUS.min(host.facts().max_vcpus);
         if self.vcpus == 0 || self.vcpus > most_vcpus {
             return Err(ConfigError::Vcpus {
@@ -175,24 +132,9 @@ impl MachineConfig {
         if let Some(initramfs) = &self.initramfs {
             self.validate_initramfs(initramfs)?;
         }
-        if self.devices.len() > arch::layout::DEVICE_IRQS.len() {
-            return Err(ConfigError::TooManyDevices {
-                value: self.devices.len(),
-                most: arch::layout::DEVICE_IRQS.len(),
-            });
-        }
+        validate_devices(&self.devices)?;
         if let Some(bad) = self.cmdline.chars().find(|c| c.is_control()) {
             return Err(ConfigError::CmdlineCharacter { value: bad });
-        }
-        Ok(())
-    }
-
-    fn validate_name(&self) -> Result<(), ConfigError> {
-        let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if self.name.is_empty() || self.name.len() > 64 || !self.name.chars().all(valid) {
-            return Err(ConfigError::Name {
-                value: self.name.clone(),
-            });
         }
         Ok(())
     }
@@ -222,6 +164,27 @@ impl MachineConfig {
         }
         Ok(())
     }
+}
+
+pub(crate) fn validate_name(name: &str) -> Result<(), ConfigError> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.len() > 64 || !name.chars().all(valid) {
+        return Err(ConfigError::Name {
+            value: name.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+pub(crate) fn validate_devices(devices: &DeviceSet) -> Result<(), ConfigError> {
+    let most = arch::layout::DEVICE_IRQS.len();
+    if devices.len() > most {
+        return Err(ConfigError::TooManyDevices {
+            value: devices.len(),
+            most,
+        });
+    }
+    Ok(())
 }
 
 fn open(path: &Path, field: &'static str) -> Result<File, ConfigError> {

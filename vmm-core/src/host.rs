@@ -102,6 +102,36 @@ impl Host {
         self.inner.facts.emulated_ring0
     }
 
+    /// Names everything about this host and this release that the state of a machine
+    /// depends on: saved machines are of use where it is the same.
+    ///
+    /// # Errors
+    /// When KVM or the kernel cannot be asked.
+    pub fn fingerprint(&self) -> io::Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        let cpuid = crate::arch::guest_cpuid(self, 0, 1)?;
+        for entry in cpuid.as_slice() {
+            for value in [
+                entry.function,
+                entry.index,
+                entry.eax,
+                entry.ebx,
+                entry.ecx,
+                entry.edx,
+            ] {
+                hasher.update(&value.to_le_bytes());
+            }
+        }
+        let kernel = nix::sys::utsname::uname()?;
+        Ok(format!(
+            "{} on Linux {} {}, CPU {}",
+            env!("VMM_CORE_BUILD"),
+            kernel.release().to_string_lossy(),
+            kernel.version().to_string_lossy(),
+            hasher.finalize().to_hex()
+        ))
+    }
+
     pub(crate) fn kvm(&self) -> &Kvm {
         &self.inner.kvm
     }

@@ -24,17 +24,21 @@
 mod arch;
 pub mod bus;
 pub mod config;
+mod device_set;
 mod exit;
 pub mod host;
 mod kvm_vm;
 pub mod machine;
 pub mod memory;
+pub mod snapshot;
 mod thread;
 mod vcpu;
 pub mod vm;
 
 pub use arch::BootError;
 pub use config::MachineConfig;
+pub use device_set::{DeviceSet, NamedDevice};
 pub use host::Host;
-pub use machine::{BuildError, Machine};
+pub use machine::{BuildError, CloneConfig, Machine, VmShell};
+pub use snapshot::{Snapshot, SnapshotError};
 pub use vcpu::VcpuState;

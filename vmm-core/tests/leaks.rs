@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use devices::virtio::vsock::VsockConfig;
 use vmm_core::vm::Vm;
-use vmm_core::{Host, Machine, MachineConfig};
+use vmm_core::{DeviceSet, Host, Machine, MachineConfig};
 
 #[allow(dead_code, reason = "shared with the unit tests")]
 #[path = "../src/machine/tests/guest.rs"]
@@ -57,7 +57,8 @@ fn twenty_machines_leave_nothing_behind() {
         config.console.path = Some(dir.path().join("console.log"));
         let mut vsock = VsockConfig::new(3);
         vsock.uds_path = Some(socket.clone());
-        let config = config.with_rng().unwrap().with_vsock(vsock).unwrap();
+        let devices = DeviceSet::new().with_rng().unwrap();
+        config.devices = devices.with_vsock(vsock).unwrap();
         Machine::build(&host, config)
     };
     let before = census();

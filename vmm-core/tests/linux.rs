@@ -19,7 +19,7 @@ use std::time::Duration;
 use devices::virtio::fs::{Fs, FsConfig};
 use vmm_core::config::Discovery;
 use vmm_core::vm::{ExitReason, Vm};
-use vmm_core::{Host, Machine, MachineConfig};
+use vmm_core::{DeviceSet, Host, Machine, MachineConfig};
 
 /// For an emulated kernel on a busy host.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -71,8 +71,9 @@ fn boot(host: &Host, kernel: &Path, vcpus: u32, script: &str) -> (Machine, ExitR
     fs::create_dir(&share).unwrap();
     fs::write(share.join("hello"), "shared").unwrap();
     let share = Fs::new(FsConfig::new("share", share)).unwrap();
-    let config = config.with_device("share", Box::new(share));
-    let machine = Machine::build(host, config.with_rng().unwrap()).unwrap();
+    let devices = DeviceSet::new().with_device("share", Box::new(share));
+    config.devices = devices.with_rng().unwrap();
+    let machine = Machine::build(host, config).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

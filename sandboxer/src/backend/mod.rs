@@ -41,6 +41,12 @@ pub trait SandboxBackend: Send + Sync + fmt::Debug {
     /// Environment that every process in a guest needs on this host.
     fn guest_environment(&self) -> BTreeMap<String, String>;
 
+    /// Makes ready what machines like this one have in common, which may take as long as a
+    /// boot; without it [`SandboxBackend::build`] does. Cancel safe.
+    async fn prepare(&self, request: &MachineRequest) {
+        let _ = request;
+    }
+
     /// Builds a machine that does not run yet. Dropping it ends it.
     async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError>;
 }

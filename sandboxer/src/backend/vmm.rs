@@ -2,17 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use devices::virtio::fs::{CachePolicy, Fs, FsConfig};
 use devices::virtio::vsock::VsockConfig;
+use tracing::warn;
+use vmm_core::config::ConsoleLog;
 use vmm_core::host::HostError;
 use vmm_core::vm::{Vm, VmError};
-use vmm_core::{Host, Machine, MachineConfig};
+use vmm_core::{
+    BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot,
+};
 
 use super::{MachineRequest, SandboxBackend};
-use crate::config::{self, Config, FsCache, GuestFiles, MissingGuestFile};
+use crate::causes::with_causes;
+use crate::config::{self, Config, FsCache, GuestFiles, MissingGuestFile, TemplateMode};
+use crate::template::{
+    BuildTemplateError, TemplateKey, TemplateMachine, TemplateManager, TemplateParts, TemplateStore,
+};
 
 /// Address of every guest; nothing is routed by it.
 const GUEST_CID: u32 = 3;
@@ -44,7 +54,20 @@ pub struct VmmBackend {
     guest: GuestFiles,
     vm: config::Vm,
     fs: config::Fs,
+    /// From starting a template's vCPUs to its agent's dial.
+    boot_limit: Duration,
+    templates: Option<Templates>,
 }
+
+/// Where clones come from.
+#[derive(Debug)]
+struct Templates {
+    manager: Arc<TemplateManager>,
+    parts: TemplateParts,
+}
+
+/// The devices of every machine, in order; a template has the same.
+const DEVICES: &str = "share rng vsock";
 
 impl VmmBackend {
     /// Checks that this host can run microVMs.
@@ -57,39 +80,136 @@ impl VmmBackend {
             .await
             .map_err(|e| HostError::Probe(e.to_string()))??;
         let guest = config.vm.guest_files()?;
-        Ok(Self {
+        let timeouts = if host.emulated_ring0() {
+            config.timeouts.for_slow_host()
+        } else {
+            config.timeouts.clone()
+        };
+        let templates = match config.templates.mode {
+            TemplateMode::Off => None,
+            TemplateMode::Auto => Self::templates(config, &host, &guest)
+                .inspect_err(|why| warn!("pods boot instead of being cloned: {why}"))
+                .ok(),
+        };
+        let backend = Self {
             host,
             guest,
             vm: config.vm.clone(),
             fs: config.fs.clone(),
-        })
+            boot_limit: timeouts.boot,
+            templates,
+        };
+        if let Some(templates) = &backend.templates {
+            templates.manager.refill(backend.vm.vcpus);
+        }
+        Ok(backend)
+    }
+
+    fn templates(config: &Config, host: &Host, guest: &GuestFiles) -> Result<Templates, String> {
+        let settings = &config.templates;
+        let folder = settings.folder().map_err(|e| with_causes(&e))?;
+        let store = TemplateStore::open(&folder).map_err(|e| with_causes(&e))?;
+        let parts = TemplateParts::new(host, guest, &config.vm.kernel_params)
+            .map_err(|e| with_causes(&e))?;
+        let manager = TemplateManager::new(
+            host.clone(),
+            store,
+            guest.clone(),
+            settings.keep,
+            settings.warm,
+        );
+        Ok(Templates { manager, parts })
+    }
+
+    /// Names the template for a machine of this size; none where templates are off.
+    #[must_use]
+    pub fn template_key(&self, vcpus: u32, memory_bytes: u64) -> Option<TemplateKey> {
+        let templates = self.templates.as_ref()?;
+        Some(templates.parts.key(vcpus, memory_bytes, DEVICES))
+    }
+
+    /// The template for a machine of this size, built if there is none yet.
+    ///
+    /// # Errors
+    /// Why there can be none, as text.
+    pub async fn template(&self, vcpus: u32, memory_bytes: u64) -> Result<Snapshot, String> {
+        let Some(templates) = &self.templates else {
+            return Err("templates are switched off".to_owned());
+        };
+        let key = templates.parts.key(vcpus, memory_bytes, DEVICES);
+        let mut machine = MachineConfig::new("template", &self.guest.kernel);
+        machine.vcpus = vcpus;
+        machine.memory_bytes = memory_bytes;
+        machine.initramfs = Some(self.guest.initramfs.clone());
+        machine.cmdline.clone_from(&self.vm.kernel_params);
+        let (fs, limit) = (self.fs.clone(), self.boot_limit);
+        let make = move |share: &Path| {
+            machine.devices =
+                devices(&fs, share, None).map_err(|err| BuildTemplateError::Start(err))?;
+            Ok(TemplateMachine {
+                config: machine,
+                limit,
+            })
+        };
+        let found = templates.manager.get(&key, make).await;
+        found.map_err(|err| with_causes(&*err))
+    }
+
+    fn console(&self, request: &MachineRequest) -> ConsoleLog {
+        ConsoleLog {
+            path: Some(request.dir.join(CONSOLE_LOG)),
+            cap_bytes: self.vm.serial_log_bytes.as_u64(),
+            echo: false,
+        }
+    }
+
+    fn devices(&self, request: &MachineRequest) -> Result<DeviceSet, VmError> {
+        let socket = self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET));
+        devices(&self.fs, &request.share, socket)
     }
 
     fn machine_config(&self, request: &MachineRequest) -> Result<MachineConfig, VmError> {
-        let mut share = FsConfig::new(agent_api::SHARE_TAG, request.share.clone());
-        share.workers = self.fs.workers;
-        share.cache = match self.fs.cache {
-            FsCache::Never => CachePolicy::Never,
-            FsCache::Auto => CachePolicy::Auto,
-            FsCache::Always => CachePolicy::Always,
-        };
-        let share = Fs::new(share).map_err(backend_error)?;
-        let mut vsock = VsockConfig::new(GUEST_CID);
-        vsock.uds_path = self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET));
         let mut machine = MachineConfig::new(machine_name(&request.pod), &self.guest.kernel);
         machine.vcpus = request.vcpus;
         machine.memory_bytes = request.memory_bytes;
         machine.initramfs = Some(self.guest.initramfs.clone());
         machine.cmdline.clone_from(&self.vm.kernel_params);
-        machine.console.path = Some(request.dir.join(CONSOLE_LOG));
-        machine.console.cap_bytes = self.vm.serial_log_bytes.as_u64();
-        machine
-            .with_device("share", Box::new(share))
-            .with_rng()
-            .map_err(io_error("opening the entropy device"))?
-            .with_vsock(vsock)
-            .map_err(io_error("making the vsock device"))
+        machine.console = self.console(request);
+        machine.devices = self.devices(request)?;
+        Ok(machine)
     }
+
+    fn clone_config(&self, request: &MachineRequest) -> Result<CloneConfig, VmError> {
+        Ok(CloneConfig {
+            name: machine_name(&request.pod),
+            console: self.console(request),
+            devices: self.devices(request)?,
+        })
+    }
+}
+
+/// What [`DEVICES`] lists.
+fn devices(
+    fs: &config::Fs,
+    share: &Path,
+    vsock_socket: Option<PathBuf>,
+) -> Result<DeviceSet, VmError> {
+    let mut share = FsConfig::new(agent_api::SHARE_TAG, share.to_owned());
+    share.workers = fs.workers;
+    share.cache = match fs.cache {
+        FsCache::Never => CachePolicy::Never,
+        FsCache::Auto => CachePolicy::Auto,
+        FsCache::Always => CachePolicy::Always,
+    };
+    let share = Fs::new(share).map_err(backend_error)?;
+    let mut vsock = VsockConfig::new(GUEST_CID);
+    vsock.uds_path = vsock_socket;
+    DeviceSet::new()
+        .with_device("share", Box::new(share))
+        .with_rng()
+        .map_err(io_error("opening the entropy device"))?
+        .with_vsock(vsock)
+        .map_err(io_error("making the vsock device"))
 }
 
 #[async_trait]
@@ -110,15 +230,52 @@ impl SandboxBackend for VmmBackend {
             .collect()
     }
 
-    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
-        let config = self.machine_config(&request)?;
-        let host = self.host.clone();
-        let machine = tokio::task::spawn_blocking(move || Machine::build(&host, config))
-            .await
-            .map_err(backend_error)?
-            .map_err(backend_error)?;
-        Ok(Arc::new(machine))
+    async fn prepare(&self, request: &MachineRequest) {
+        if self.templates.is_some() {
+            // A failure is told when the machine is built.
+            let _ = self.template(request.vcpus, request.memory_bytes).await;
+        }
     }
+
+    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
+        let host = self.host.clone();
+        let Some(templates) = &self.templates else {
+            return boot(host, self.machine_config(&request)?).await;
+        };
+        let template = self.template(request.vcpus, request.memory_bytes).await;
+        let cloned = match template {
+            Ok(template) => {
+                let shell = templates.manager.shell(request.vcpus);
+                let config = self.clone_config(&request)?;
+                blocking(move || Machine::restore(&host, config, &template, shell))
+                    .await
+                    .map_err(|err| with_causes(&err))
+            }
+            Err(why) => Err(why),
+        };
+        match cloned {
+            Ok(machine) => Ok(machine),
+            Err(why) => {
+                warn!(pod = request.pod, "booting instead of cloning: {why}");
+                boot(self.host.clone(), self.machine_config(&request)?).await
+            }
+        }
+    }
+}
+
+async fn boot(host: Host, config: MachineConfig) -> Result<Arc<dyn Vm>, VmError> {
+    blocking(move || Machine::build(&host, config)).await
+}
+
+/// Makes a machine off the async threads.
+async fn blocking(
+    make: impl FnOnce() -> Result<Machine, BuildError> + Send + 'static,
+) -> Result<Arc<dyn Vm>, VmError> {
+    let machine = tokio::task::spawn_blocking(make)
+        .await
+        .map_err(backend_error)?
+        .map_err(backend_error)?;
+    Ok(Arc::new(machine))
 }
 
 /// The pod's id as far as a machine's name can hold it.

@@ -66,6 +66,7 @@ pub(super) enum Command {
     Rm(RmArgs),
     Check(CheckArgs),
     Guest(GuestArgs),
+    Template(TemplateArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }
@@ -295,6 +296,64 @@ Examples:
 pub(super) struct CompletionsArgs {
     /// The shell
     pub(super) shell: clap_complete::Shell,
+}
+
+/// Builds, lists, removes and checks the guests that pods are cloned from
+#[derive(Debug, Args)]
+#[command(arg_required_else_help = true, subcommand_required = true)]
+pub(super) struct TemplateArgs {
+    /// Configuration file of the daemon [default: the daemon's own]
+    #[arg(long, global = true, value_name = "FILE", env = "KUASAR_CONFIG")]
+    pub(super) config: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(super) command: TemplateCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TemplateCommand {
+    /// Boots a guest and saves it, so that no pod has to wait for that
+    #[command(after_help = "\
+Examples:
+  kuasar-ctl template build
+  kuasar-ctl template build --cpus 2 --memory 512MiB
+
+The daemon builds templates by itself when a pod needs one; this is for doing it before, for
+instance when a node is set up.")]
+    Build {
+        /// vCPUs of the machine [default: vm.vcpus of the configuration]
+        #[arg(long, value_name = "N")]
+        cpus: Option<u32>,
+        /// Memory of the machine [default: vm.memory of the configuration]
+        #[arg(long, value_name = "SIZE", value_parser = values::memory)]
+        memory: Option<ByteSize>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists the templates on disk, the one used last first
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes templates; pods that were cloned from them go on
+    Rm {
+        /// Keys, or how they begin
+        #[arg(value_name = "KEY", required_unless_present = "all")]
+        keys: Vec<String>,
+        /// Every template
+        #[arg(long, conflicts_with = "keys")]
+        all: bool,
+    },
+    /// Reads templates whole and compares them with their digests; exit code 1 if one is damaged
+    Verify {
+        /// Keys, or how they begin [default: all]
+        #[arg(value_name = "KEY")]
+        keys: Vec<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Writes the manual pages into a folder

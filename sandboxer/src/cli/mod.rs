@@ -24,6 +24,7 @@ mod signals;
 mod spec;
 mod stdio;
 mod store;
+mod template;
 mod terminal;
 mod values;
 
@@ -102,6 +103,7 @@ fn dispatch(cli: Cli) -> Result<u8> {
                 let ok = check::check(&global, &args).await?;
                 Ok(u8::from(!ok))
             }
+            Command::Template(args) => template::template(&args, global.verbose).await,
             Command::Guest(_) | Command::Completions(_) | Command::Man(_) => Ok(0),
         }
     });

@@ -2,7 +2,7 @@
 
 use serde_aux::serde_introspection::serde_introspect;
 
-use super::{Config, Events, Fs, Sandbox, Timeouts, Vm};
+use super::{Config, Events, Fs, Sandbox, Templates, Timeouts, Vm};
 
 /// A key further away than this many edits is no suggestion.
 const MAX_EDITS: usize = 3;
@@ -14,6 +14,7 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "" => serde_introspect::<Config>(),
         "sandbox" => serde_introspect::<Sandbox>(),
         "vm" => serde_introspect::<Vm>(),
+        "templates" => serde_introspect::<Templates>(),
         "fs" => serde_introspect::<Fs>(),
         "events" => serde_introspect::<Events>(),
         "timeouts" => serde_introspect::<Timeouts>(),

@@ -4,6 +4,7 @@
 //! A key this version does not know is an error that names the nearest one it does.
 
 mod keys;
+mod templates;
 mod vm;
 
 use std::io::ErrorKind;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::MIN_MEMORY;
 pub use vm::{Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
 
@@ -26,6 +28,8 @@ pub struct Config {
     pub sandbox: Sandbox,
     /// The virtual machine of each pod.
     pub vm: Vm,
+    /// Pods as clones of a guest that has booted once.
+    pub templates: Templates,
     /// The file system shared between host and guest.
     pub fs: Fs,
     /// How long to wait for what.
@@ -221,6 +225,7 @@ impl Config {
         }
         config.vm.check(path)?;
         config.fs.check(path)?;
+        config.templates.check(path)?;
         Ok(config)
     }
 }
@@ -284,6 +289,9 @@ mod tests {
             ("[vm]\nvcpus = 0", "vm.vcpus = 0: "),
             ("[vm]\nmemory = '1MiB'", "vm.memory = "),
             ("[fs]\nworkers = 0", "fs.workers = 0: "),
+            ("[templates]\nkeep = 0", "templates.keep = 0: "),
+            ("[templates]\nwarm = 1000", "templates.warm = 1000: "),
+            ("[templates]\nmode = 'on'", "on"),
             ("[vm]\nmemory = 'lots'", "memory"),
             ("[sandbox]\nmode = 'magic'", "magic"),
             ("[timeouts]\nboot = 5", "boot"),

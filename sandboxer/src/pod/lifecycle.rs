@@ -88,8 +88,13 @@ impl Pod {
             pod: self.id().to_owned(),
             source,
         };
-        // Not given up half way: what is being built has no owner yet.
         let request = self.machine_request()?;
+        // Building is not given up half way: what is being built has no owner yet.
+        tokio::select! {
+            biased;
+            () = self.give_up.cancelled() => return Err(PodError::Cancelled("the start")),
+            () = self.environment.backend.prepare(&request) => {}
+        }
         let built = self.environment.backend.build(request).await;
         let vm = Arc::clone(slot.insert(built.map_err(vm_error)?));
         let bring_up = async {

@@ -1,6 +1,9 @@
 use std::io;
 use std::path::PathBuf;
 
+use devices::legacy::SerialPortError;
+use devices::virtio::StateError;
+
 use crate::arch::BootError;
 use crate::config::ConfigError;
 
@@ -48,6 +51,28 @@ pub enum BuildError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A device's saved state.
+    #[error("cannot restore the device {name}")]
+    Restore {
+        /// As configured.
+        name: String,
+        /// Why.
+        #[source]
+        source: StateError,
+    },
+    /// The serial port's saved state.
+    #[error("cannot restore the serial port")]
+    Serial(#[source] SerialPortError),
+    /// Not the parts of the machine that was saved.
+    #[error("the snapshot has {saved} {what}, this machine has {found}")]
+    Mismatch {
+        /// Which parts.
+        what: &'static str,
+        /// Given.
+        found: usize,
+        /// In the snapshot.
+        saved: usize,
     },
     /// A thread or an fd of the machine's own.
     #[error("cannot start the machine's {what}")]

@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::event_loop::EventLoop;
-use devices::transport::mmio::MmioTransport;
 
+use super::wiring::{Attached, Legacy};
 use crate::kvm_vm::KvmVm;
-use crate::vcpu::{Buses, VcpuGroup};
+use crate::vcpu::{Vcpu, VcpuGroup};
 
 /// Everything that holds threads, fds or memory.
 ///
@@ -15,9 +15,11 @@ use crate::vcpu::{Buses, VcpuGroup};
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) vcpus: Arc<VcpuGroup>,
-    pub(super) devices: Vec<Arc<MmioTransport>>,
+    /// Locked by their threads while they run.
+    pub(super) members: Vec<Arc<Mutex<Vcpu>>>,
+    pub(super) devices: Vec<Attached>,
+    pub(super) legacy: Legacy,
     pub(super) event_loop: Mutex<EventLoop>,
-    pub(super) buses: Arc<Buses>,
     pub(super) vm: Arc<KvmVm>,
 }
 
@@ -26,7 +28,7 @@ impl Live {
     pub(super) fn tear_down(&self) {
         self.vcpus.stop();
         for device in &self.devices {
-            device.reset();
+            device.transport.reset();
         }
         self.event_loop
             .lock()

@@ -12,6 +12,11 @@ pub(crate) struct Phases {
 }
 
 impl Phases {
+    /// Only of a restored machine: a booted one has it made later.
+    pub(crate) const VM_CREATED: &'static str = "vm created";
+    pub(crate) const MEMORY_MAPPED: &'static str = "memory mapped";
+    pub(crate) const DEVICES_ATTACHED: &'static str = "devices attached";
+    pub(crate) const STATE_RESTORED: &'static str = "state restored";
     pub(crate) const VM_BUILT: &'static str = "vm built";
     pub(crate) const KERNEL_ENTERED: &'static str = "kernel entered";
 

@@ -4,14 +4,18 @@ use std::io;
 use std::sync::Arc;
 
 use devices::event_loop::EventLoop;
-use devices::legacy::{AcpiPower, Cmos, ConsoleOutput, I8042, PowerControl, SerialPort};
+use devices::legacy::{
+    AcpiPower, Cmos, CmosState, ConsoleOutput, I8042, PowerControl, SerialPort, SerialPortError,
+    SerialPortState,
+};
 use devices::transport::mmio::MmioTransport;
 use kvm_ioctls::IoEventAddress;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arch::{MmioDevice, layout};
 use crate::bus::Bus;
-use crate::config::NamedDevice;
+use crate::device_set::NamedDevice;
 use crate::exit::ExitNotice;
 use crate::kvm_vm::KvmVm;
 use crate::memory::GuestRam;
@@ -40,20 +44,50 @@ fn irq_line(vm: &KvmVm, irq: u32) -> io::Result<EventFd> {
     Ok(event)
 }
 
-/// The PC's own devices: serial port, reset and power, clock.
+/// The PC's own devices that have a state.
+#[derive(Debug)]
+pub(super) struct Legacy {
+    serial: Arc<SerialPort>,
+    cmos: Arc<Cmos>,
+}
+
+/// What a snapshot keeps of them.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct LegacyState {
+    serial: SerialPortState,
+    cmos: CmosState,
+}
+
+impl Legacy {
+    pub(super) fn save(&self) -> LegacyState {
+        LegacyState {
+            serial: self.serial.save(),
+            cmos: self.cmos.save(),
+        }
+    }
+
+    pub(super) fn restore(&self, state: &LegacyState) -> Result<(), SerialPortError> {
+        self.cmos.restore(state.cmos);
+        self.serial.restore(&state.serial)
+    }
+}
+
+/// Puts the PC's own devices on the bus: serial port, reset and power, clock.
 pub(super) fn legacy(
     vm: &KvmVm,
     console: &ConsoleOutput,
     exit: &ExitNotice,
     pio: &mut Bus,
-) -> io::Result<()> {
+) -> io::Result<Legacy> {
     let power: Arc<dyn PowerControl> = Arc::new(PowerSwitch { exit: exit.clone() });
-    let serial = SerialPort::new(irq_line(vm, SerialPort::COM1_IRQ)?, console.clone());
+    let line = irq_line(vm, SerialPort::COM1_IRQ)?;
+    let serial = Arc::new(SerialPort::new(line, console.clone()));
+    let cmos = Arc::new(Cmos::default());
     let mut add = |port: u64, ports: u64, device| {
         pio.insert(port..port.saturating_add(ports), device)
             .map_err(io::Error::other)
     };
-    add(SerialPort::COM1, SerialPort::PORTS, Arc::new(serial))?;
+    add(SerialPort::COM1, SerialPort::PORTS, Arc::clone(&serial) as _)?;
     add(
         I8042::PORT,
         I8042::PORTS,
@@ -64,7 +98,8 @@ pub(super) fn legacy(
         AcpiPower::PORTS,
         Arc::new(AcpiPower::new(power)),
     )?;
-    add(Cmos::PORT, Cmos::PORTS, Arc::new(Cmos::default()))
+    add(Cmos::PORT, Cmos::PORTS, Arc::clone(&cmos) as _)?;
+    Ok(Legacy { serial, cmos })
 }
 
 /// One virtio device on the bus.

@@ -66,11 +66,12 @@ struct Member {
 }
 
 impl VcpuGroup {
-    /// A group for `vcpus`, whose `kvm_run` areas have `run_bytes`. The threads come with
-    /// [`Self::spawn`].
+    /// A group for `vcpus`, whose `kvm_run` areas have `run_bytes`, all in `state`: Created
+    /// or, with a guest's state in them, Paused. The threads come with [`Self::spawn`].
     pub(crate) fn new<'a>(
         vcpus: impl Iterator<Item = &'a VcpuFd>,
         run_bytes: usize,
+        state: VcpuState,
     ) -> io::Result<Arc<Self>> {
         kick::install_handler()?;
         let members = vcpus
@@ -84,7 +85,7 @@ impl VcpuGroup {
         Ok(Arc::new(Self {
             control: Mutex::new(Control {
                 target: Target::Hold,
-                states: vec![VcpuState::Created; members.len()],
+                states: vec![state; members.len()],
                 tids: vec![None; members.len()],
             }),
             changed: Condvar::new(),
@@ -94,21 +95,27 @@ impl VcpuGroup {
     }
 
     /// Starts a thread for each vCPU; they wait for [`Self::run`].
-    pub(crate) fn spawn(self: &Arc<Self>, vcpus: Vec<Vcpu>, threads: &VmThreads) -> io::Result<()> {
-        for mut vcpu in vcpus {
-            let index = vcpu.index();
+    pub(crate) fn spawn(
+        self: &Arc<Self>,
+        vcpus: Vec<Arc<Mutex<Vcpu>>>,
+        threads: &VmThreads,
+    ) -> io::Result<()> {
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
             let group = Arc::clone(self);
             let work = move || {
                 let mut seat = Seat {
                     group: &group,
                     index,
                 };
+                let own = || vcpu.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Err(err) = kick::accept_kicks() {
-                    vcpu.fail(&format!("cannot unblock the kick signal: {err}"));
+                    own().fail(&format!("cannot unblock the kick signal: {err}"));
                     return;
                 }
                 seat.take();
                 while let Some(before) = seat.wait_for_run() {
+                    // Given up before the next wait: a paused vCPU can be saved.
+                    let mut vcpu = own();
                     if before == VcpuState::Paused {
                         vcpu.excuse_pause();
                     }

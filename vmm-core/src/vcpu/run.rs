@@ -27,7 +27,7 @@ pub(crate) struct Buses {
     pub(crate) mmio: Bus,
 }
 
-/// One vCPU, owned by its thread.
+/// One vCPU, locked by its thread while that runs it.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
     index: usize,
@@ -67,8 +67,9 @@ impl Vcpu {
         }
     }
 
-    pub(crate) fn index(&self) -> usize {
-        self.index
+    /// Its fd, to save its state while it is paused.
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
     }
 
     /// Reports that this vCPU cannot run.

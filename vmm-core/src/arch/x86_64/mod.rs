@@ -7,11 +7,13 @@ mod lapic;
 pub(crate) mod layout;
 mod mptable;
 mod registers;
+mod state;
 
 pub use boot::BootError;
 pub(crate) use boot::{Kernel, load};
 pub(crate) use cpuid::guest_cpuid;
 pub(crate) use registers::configure_vcpu;
+pub(crate) use state::{ChipsState, Refused, VcpuState};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::VmFd;

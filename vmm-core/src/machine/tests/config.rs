@@ -41,12 +41,9 @@ fn errors_name_the_field_the_value_and_the_fix() {
     let message = refused(&host, |config| config.cmdline = "x".repeat(5000));
     assert!(message.contains("the kernel reads 2047"), "{message}");
     let message = refused(&host, |config| {
-        for index in 0..18 {
-            config.devices.push(crate::config::NamedDevice {
-                name: index.to_string(),
-                device: Box::new(devices::virtio::rng::Rng::new().unwrap()),
-            });
-        }
+        config.devices = (0..18).fold(crate::DeviceSet::new(), |devices, _| {
+            devices.with_rng().unwrap()
+        });
     });
     assert!(message.contains("18 are configured"), "{message}");
 }

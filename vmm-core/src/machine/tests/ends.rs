@@ -21,7 +21,7 @@ fn a_guest_prints_and_resets_itself() {
     let stats = machine.stats();
     assert_eq!(stats.exits["io"], 7);
     let phases: Vec<_> = stats.phases.iter().map(|(name, _)| *name).collect();
-    assert_eq!(phases, ["vm built", "kernel entered"]);
+    assert_eq!(phases, ["memory mapped", "devices attached", "vm built", "kernel entered"]);
     assert!(stats.resident_bytes.unwrap() > 0);
 }
 
@@ -168,12 +168,14 @@ fn a_panic_in_a_device_ends_its_machine_and_no_other() {
     );
     let idle = machine(&host, "idle", &Code::new().halt());
     let code = Code::new().map_devices().load(0x100).halt();
-    let on_vcpu = machine_with(&host, "bomb1", &code, |config| {
-        config.with_device("bomb", Bomb::new(true))
+    let on_vcpu = machine_with(&host, "bomb1", &code, |mut config| {
+        config.devices = config.devices.with_device("bomb", Bomb::new(true));
+        config
     });
     let code = Code::new().map_devices().drive_device().halt();
-    let on_loop = machine_with(&host, "bomb2", &code, |config| {
-        config.with_device("bomb", Bomb::new(false))
+    let on_loop = machine_with(&host, "bomb2", &code, |mut config| {
+        config.devices = config.devices.with_device("bomb", Bomb::new(false));
+        config
     });
     runtime().block_on(async {
         busy.start().await.unwrap();
@@ -216,7 +218,10 @@ fn a_driver_finds_its_device() {
         .load(8)
         .print_eax()
         .reset();
-    let machine = machine_with(&host, "magic", &code, |config| config.with_rng().unwrap());
+    let machine = machine_with(&host, "magic", &code, |mut config| {
+        config.devices = config.devices.with_rng().unwrap();
+        config
+    });
     runtime().block_on(async {
         assert_eq!(run(&machine).await, ExitReason::GuestReset);
     });
@@ -232,7 +237,10 @@ fn queue_notifications_do_not_exit_to_this_process() {
         .store(0x50, 0)
         .store(0x50, 0)
         .reset();
-    let machine = machine_with(&host, "notify", &code, |config| config.with_rng().unwrap());
+    let machine = machine_with(&host, "notify", &code, |mut config| {
+        config.devices = config.devices.with_rng().unwrap();
+        config
+    });
     runtime().block_on(async {
         assert_eq!(run(&machine).await, ExitReason::GuestReset);
     });

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 const LOAD_ADDRESS: u64 = 0x10_0000;
 /// Port of the serial console.
 pub const SERIAL: u16 = 0x3f8;
+/// Where a guest counts.
+pub const COUNTER: u64 = 0x20_0000;
 /// A port nobody answers.
 pub const NOWHERE: u16 = 0x80;
 /// The first virtio-mmio device.
@@ -55,6 +57,24 @@ impl Code {
     pub fn write_port_for_ever(self, port: u16) -> Self {
         // mov dx, port; 1: out dx, al; jmp 1b
         self.then(&[&[0x66, 0xba], &port.to_le_bytes(), &[0xee, 0xeb, 0xfd]])
+    }
+
+    /// Counts at [`COUNTER`], and prints a dot each 64 counts.
+    pub fn count_for_ever(self) -> Self {
+        let counter = (COUNTER as u32).to_le_bytes();
+        self.then(&[
+            // 1: inc dword [counter]; mov eax, [counter]
+            &[0xff, 0x04, 0x25],
+            &counter,
+            &[0x8b, 0x04, 0x25],
+            &counter,
+            // and eax, 63; jnz 1b
+            &[0x25, 63, 0, 0, 0, 0x75, 0xeb],
+            // mov dx, port; mov al, '.'; out dx, al; jmp 1b
+            &[0x66, 0xba],
+            &SERIAL.to_le_bytes(),
+            &[0xb0, b'.', 0xee, 0xeb, 0xe2],
+        ])
     }
 
     /// `mov ebx, address`

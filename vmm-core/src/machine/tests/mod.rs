@@ -4,10 +4,12 @@ mod config;
 mod ends;
 mod guest;
 mod life;
+mod snapshot;
 
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
+use vm_memory::{Bytes, GuestAddress};
 
 use self::guest::Code;
 use super::Machine;
@@ -52,6 +54,15 @@ fn machine_with(
     let mut config = MachineConfig::new(name, code.kernel(dir.path()));
     config.memory_bytes = 64 << 20;
     Machine::build(host, change(config)).unwrap()
+}
+
+impl Machine {
+    /// Four bytes of guest memory.
+    fn peek(&self, address: u64) -> u32 {
+        let live = self.live().unwrap();
+        let memory = live.vm.ram().unwrap().guest_memory();
+        memory.read_obj(GuestAddress(address)).unwrap()
+    }
 }
 
 /// Starts the machine and waits for its end.

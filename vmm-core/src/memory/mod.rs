@@ -1,4 +1,7 @@
-//! Guest memory: one memfd, mapped around the hole where devices live.
+//! Guest memory: one file, mapped around the hole where devices live.
+
+mod image;
+mod private;
 
 use std::fs::File;
 use std::io;
@@ -8,16 +11,43 @@ use std::sync::Arc;
 use devices::virtio::GuestMemory;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+pub use self::image::{MemoryDigest, MemoryImage};
 use crate::arch::layout;
 
-/// RAM of one machine. Clones share it; it is freed with the last one.
+/// RAM of one machine. Clones of this value share it; it is freed with the last one.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     mapped: GuestMemory,
-    file: Arc<File>,
+    backing: Backing,
     bytes: u64,
+}
+
+/// Whose pages a machine runs on.
+#[derive(Clone, Debug)]
+pub(crate) enum Backing {
+    /// A memfd of its own, mapped shared.
+    Own(Arc<File>),
+    /// An image, mapped private: only what the machine writes is its own.
+    Image(Arc<File>),
+}
+
+impl Backing {
+    fn file(&self) -> &Arc<File> {
+        match self {
+            Self::Own(file) | Self::Image(file) => file,
+        }
+    }
+
+    fn flags(&self) -> libc::c_int {
+        let sharing = match self {
+            Self::Own(_) => libc::MAP_SHARED,
+            Self::Image(_) => libc::MAP_PRIVATE,
+        };
+        sharing | libc::MAP_NORESERVE
+    }
 }
 
 impl GuestRam {
@@ -30,27 +60,30 @@ impl GuestRam {
     /// # Errors
     /// When the host cannot create or map it.
     pub fn new(name: &str, bytes: u64) -> io::Result<Self> {
-        let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
-        let file = File::from(fd);
-        file.set_len(bytes)?;
+        let file = sealable_memfd(name, bytes)?;
         fcntl(
             &file,
             FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
         )?;
-        let file = Arc::new(file);
-        let mut ranges = Vec::new();
+        Self::map(Backing::Own(Arc::new(file)), bytes)
+    }
+
+    fn map(backing: Backing, bytes: u64) -> io::Result<Self> {
+        let mut regions = Vec::new();
         for region in ram_regions(bytes) {
             let len = usize::try_from(region.bytes).map_err(io::Error::other)?;
-            ranges.push((
-                GuestAddress(region.start),
-                len,
-                Some(FileOffset::from_arc(Arc::clone(&file), region.file_offset)),
-            ));
+            let file = FileOffset::from_arc(Arc::clone(backing.file()), region.file_offset);
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            let mapping = MmapRegion::build(Some(file), len, access, backing.flags())
+                .map_err(io::Error::other)?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(region.start))
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+            regions.push(region);
         }
-        let mapped = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(io::Error::other)?;
+        let mapped = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
         Ok(Self {
             mapped: Arc::new(mapped),
-            file,
+            backing,
             bytes,
         })
     }
@@ -67,14 +100,42 @@ impl GuestRam {
         self.bytes
     }
 
-    /// Bytes that host pages back now.
+    /// Bytes that host pages back now; of a clone, those that it does not share.
     ///
     /// # Errors
-    /// When the memfd cannot be examined.
+    /// When the memory cannot be examined.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        // stat(2): st_blocks counts 512-byte units.
-        Ok(self.file.metadata()?.blocks().saturating_mul(512))
+        match &self.backing {
+            Backing::Own(file) => allocated_bytes(file),
+            Backing::Image(_) => private::bytes(&self.mapped),
+        }
     }
+}
+
+impl GuestRam {
+    /// Writes all of it to an empty file, leaving holes where it is zero. Nothing may write
+    /// to it meanwhile.
+    ///
+    /// # Errors
+    /// As the file's writes.
+    pub(crate) fn write_to(&self, to: &File) -> io::Result<MemoryDigest> {
+        match &self.backing {
+            Backing::Own(file) => image::write(file, self.bytes, to),
+            Backing::Image(file) => private::write(&self.mapped, file, self.bytes, to),
+        }
+    }
+}
+
+/// stat(2): `st_blocks` counts 512-byte units.
+fn allocated_bytes(file: &File) -> io::Result<u64> {
+    Ok(file.metadata()?.blocks().saturating_mul(512))
+}
+
+fn sealable_memfd(name: &str, bytes: u64) -> io::Result<File> {
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let file = File::from(fd);
+    file.set_len(bytes)?;
+    Ok(file)
 }
 
 /// A run of RAM in guest-physical address space.
@@ -146,7 +207,7 @@ mod tests {
     #[test]
     fn the_memfd_cannot_be_resized() {
         let ram = GuestRam::new("test", 1 << 20).unwrap();
-        ram.file.set_len(4096).unwrap_err();
-        ram.file.set_len(2 << 20).unwrap_err();
+        ram.backing.file().set_len(4096).unwrap_err();
+        ram.backing.file().set_len(2 << 20).unwrap_err();
     }
 }

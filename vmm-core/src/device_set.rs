@@ -1,0 +1,73 @@
+//! The devices of a machine, in the order in which its guest finds them.
+
+use std::io;
+
+use devices::virtio::VirtioDevice;
+use devices::virtio::vsock::{Vsock, VsockConfig, VsockHandle};
+
+/// A device and what to call it in errors and logs.
+#[derive(Debug)]
+pub struct NamedDevice {
+    /// For errors and logs.
+    pub name: String,
+    /// The model.
+    pub device: Box<dyn VirtioDevice>,
+}
+
+/// Devices of one machine. A machine that is restored needs the same ones, in the same
+/// order, as the machine that was saved; what is behind them may differ.
+#[derive(Debug, Default)]
+pub struct DeviceSet {
+    pub(crate) devices: Vec<NamedDevice>,
+    pub(crate) vsock: Option<VsockHandle>,
+}
+
+impl DeviceSet {
+    /// None yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a device.
+    #[must_use]
+    pub fn with_device(mut self, name: impl Into<String>, device: Box<dyn VirtioDevice>) -> Self {
+        self.devices.push(NamedDevice {
+            name: name.into(),
+            device,
+        });
+        self
+    }
+
+    /// Adds an entropy device fed by the host.
+    ///
+    /// # Errors
+    /// When the host's entropy source cannot be opened.
+    pub fn with_rng(self) -> io::Result<Self> {
+        let rng = devices::virtio::rng::Rng::new()?;
+        Ok(self.with_device("rng", Box::new(rng)))
+    }
+
+    /// Adds the socket device, which makes [`crate::vm::Vm::connect`] and
+    /// [`crate::vm::Vm::listen`] work. A machine has one: these calls use the last added.
+    ///
+    /// # Errors
+    /// When the device cannot get its fds or its Unix socket.
+    pub fn with_vsock(mut self, config: VsockConfig) -> io::Result<Self> {
+        let (vsock, handle) = Vsock::new(config)?;
+        self.vsock = Some(handle);
+        Ok(self.with_device("vsock", Box::new(vsock)))
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.devices.is_empty()
+    }
+}

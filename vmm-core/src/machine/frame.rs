@@ -1,0 +1,188 @@
+//! A machine with memory and devices and no state yet: what booting and restoring have in
+//! common.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use devices::event_loop::EventLoop;
+use devices::legacy::{ConsoleOptions, ConsoleOutput};
+use devices::virtio::vsock::VsockHandle;
+use tokio::sync::watch;
+
+use super::live::Live;
+use super::wiring::{self, Attached, Legacy};
+use super::{BuildError, Machine, Phases, VmShell};
+use crate::config::ConsoleLog;
+use crate::device_set::{DeviceSet, NamedDevice};
+use crate::exit::ExitNotice;
+use crate::host::Host;
+use crate::memory::GuestRam;
+use crate::thread::VmThreads;
+use crate::vcpu::{Buses, Vcpu, VcpuGroup, VcpuState};
+
+/// See the module.
+pub(super) struct Frame {
+    name: String,
+    exit: ExitNotice,
+    phases: Arc<Phases>,
+    console: ConsoleOutput,
+    threads: VmThreads,
+    event_loop: EventLoop,
+    buses: Buses,
+    vsock: Option<VsockHandle>,
+    pub(super) shell: VmShell,
+    pub(super) ram: GuestRam,
+    pub(super) legacy: Legacy,
+    pub(super) attached: Vec<Attached>,
+}
+
+impl Frame {
+    /// Maps `ram` into the shell's VM and puts the devices around it.
+    pub(super) fn new(
+        name: String,
+        console: &ConsoleLog,
+        shell: VmShell,
+        ram: GuestRam,
+        devices: DeviceSet,
+        phases: Arc<Phases>,
+    ) -> Result<Self, BuildError> {
+        let exit = ExitNotice::new();
+        let console = open_console(console)?;
+        exit.reads(&console);
+        shell
+            .vm
+            .map_memory(ram.clone())
+            .map_err(BuildError::kvm("map guest memory"))?;
+        phases.mark_first(Phases::MEMORY_MAPPED);
+        let threads = VmThreads::new(&name, exit.clone());
+        let event_loop = EventLoop::start("dev", Arc::new(threads.clone())).map_err(|source| {
+            BuildError::Thread {
+                what: "event loop",
+                source,
+            }
+        })?;
+        let mut buses = Buses::default();
+        let legacy =
+            wiring::legacy(&shell.vm, &console, &exit, &mut buses.pio).map_err(|source| {
+                BuildError::Device {
+                    name: "legacy".to_owned(),
+                    source,
+                }
+            })?;
+        let DeviceSet { devices, vsock } = devices;
+        let attached = attach(devices, &shell, &ram, &event_loop, &mut buses)?;
+        phases.mark_first(Phases::DEVICES_ATTACHED);
+        Ok(Self {
+            name,
+            exit,
+            phases,
+            console,
+            threads,
+            event_loop,
+            buses,
+            vsock,
+            shell,
+            ram,
+            legacy,
+            attached,
+        })
+    }
+
+    /// The machine, its vCPUs waiting in `state`.
+    pub(super) fn finish(
+        self,
+        host: &Host,
+        cmdline: String,
+        state: VcpuState,
+    ) -> Result<Machine, BuildError> {
+        let VmShell {
+            vcpus,
+            vm,
+            run_bytes,
+        } = self.shell;
+        let group = VcpuGroup::new(vcpus.iter(), run_bytes, state).map_err(thread_error)?;
+        self.exit.stops(&group);
+        let buses = Arc::new(self.buses);
+        let members: Vec<_> = (0..)
+            .zip(vcpus)
+            .map(|(index, fd)| {
+                let vcpu = Vcpu::new(
+                    index,
+                    fd,
+                    Arc::clone(&vm),
+                    Arc::clone(&buses),
+                    self.exit.clone(),
+                    Arc::clone(&self.phases),
+                );
+                Arc::new(Mutex::new(vcpu))
+            })
+            .collect();
+        let live = Live {
+            vcpus: group,
+            members: members.clone(),
+            devices: self.attached,
+            legacy: self.legacy,
+            event_loop: Mutex::new(self.event_loop),
+            vm,
+        };
+        live.vcpus
+            .spawn(members, &self.threads)
+            .map_err(thread_error)?;
+        self.phases.mark_first(Phases::VM_BUILT);
+        let memory_bytes = self.ram.bytes();
+        tracing::info!(
+            pod = self.name,
+            vcpus = live.members.len(),
+            memory_bytes,
+            "machine built"
+        );
+        Ok(Machine {
+            host: host.clone(),
+            name: self.name,
+            exit: self.exit,
+            phases: self.phases,
+            console: self.console,
+            cmdline,
+            memory_bytes,
+            vsock: self.vsock,
+            live: Mutex::new(Some(Arc::new(live))),
+            final_exits: Mutex::new(BTreeMap::new()),
+            torn_down: watch::Sender::new(false),
+        })
+    }
+}
+
+fn thread_error(source: std::io::Error) -> BuildError {
+    BuildError::Thread {
+        what: "vCPU threads",
+        source,
+    }
+}
+
+fn open_console(log: &ConsoleLog) -> Result<ConsoleOutput, BuildError> {
+    ConsoleOutput::new(ConsoleOptions {
+        path: log.path.clone(),
+        cap_bytes: log.cap_bytes,
+        echo: log.echo,
+    })
+    .map_err(|source| BuildError::Console {
+        path: log.path.clone().unwrap_or_default(),
+        source,
+    })
+}
+
+fn attach(
+    devices: Vec<NamedDevice>,
+    shell: &VmShell,
+    ram: &GuestRam,
+    event_loop: &EventLoop,
+    buses: &mut Buses,
+) -> Result<Vec<Attached>, BuildError> {
+    let mut attached = Vec::with_capacity(devices.len());
+    for (index, device) in devices.into_iter().enumerate() {
+        let name = device.name.clone();
+        let result = wiring::virtio(&shell.vm, ram, event_loop, index, device, &mut buses.mmio);
+        attached.push(result.map_err(|source| BuildError::Device { name, source })?);
+    }
+    Ok(attached)
+}

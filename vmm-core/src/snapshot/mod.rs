@@ -1,0 +1,150 @@
+//! A machine at one moment: what clones are made from.
+//!
+//! [`crate::Machine::into_snapshot`] makes one, [`crate::Machine::restore`] any number of
+//! machines from it. On disk it is a folder of two files: `state`, versioned and with a
+//! digest, and `memory`, with holes where the guest's memory is zero. A snapshot is of one
+//! host: it holds the state of the host's own CPU.
+
+mod error;
+mod file;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use devices::transport::mmio::MmioState;
+use serde::{Deserialize, Serialize};
+
+pub use self::error::SnapshotError;
+use crate::arch;
+use crate::machine::LegacyState;
+use crate::memory::{MemoryDigest, MemoryImage};
+
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+
+/// Everything but the memory.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct MachineState {
+    pub(crate) cmdline: String,
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: Vec<arch::VcpuState>,
+    pub(crate) chips: arch::ChipsState,
+    pub(crate) legacy: LegacyState,
+    pub(crate) devices: Vec<MmioState>,
+}
+
+/// What the file `state` holds; the machine's state is owned when it was read.
+#[derive(Debug, Serialize, Deserialize)]
+struct Stored<M = MachineState> {
+    label: String,
+    memory: MemoryDigest,
+    machine: M,
+}
+
+/// See the module. Clones of this value share everything.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    state: Arc<MachineState>,
+    memory: MemoryImage,
+}
+
+impl Snapshot {
+    pub(crate) fn new(state: MachineState, memory: MemoryImage) -> Self {
+        Self {
+            state: Arc::new(state),
+            memory,
+        }
+    }
+
+    pub(crate) fn state(&self) -> &MachineState {
+        &self.state
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &MemoryImage {
+        &self.memory
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> u32 {
+        u32::try_from(self.state.vcpus.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Size of the guest's memory in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.state.memory_bytes
+    }
+
+    /// Writes the snapshot to an empty folder, files of mode 0600. `label` says what it is
+    /// of: only who names the same label can load it. On disk when this returns.
+    ///
+    /// # Errors
+    /// As the file operations; what was written until then stays.
+    pub fn store(&self, dir: &Path, label: &str) -> Result<(), SnapshotError> {
+        store(dir, label, &self.state, |file| self.memory.write_to(file))
+    }
+
+    /// Reads what [`Self::store`] wrote, into memory of this process: the files may go
+    /// afterwards.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged, of another version or of another `label`.
+    pub fn load(dir: &Path, label: &str) -> Result<Self, SnapshotError> {
+        let path = dir.join(STATE);
+        let failed = |path: &Path| SnapshotError::file("read", path);
+        let file = File::open(&path).map_err(failed(&path))?;
+        let stored = file::read(&file).map_err(failed(&path))?;
+        if stored.label != label {
+            return Err(SnapshotError::Label {
+                path,
+                found: stored.label,
+                wanted: label.to_owned(),
+            });
+        }
+        let path = dir.join(MEMORY);
+        let file = File::open(&path).map_err(failed(&path))?;
+        let bytes = stored.machine.memory_bytes;
+        let memory =
+            MemoryImage::read_from(&file, bytes, stored.memory).map_err(failed(&path))?;
+        Ok(Self::new(stored.machine, memory))
+    }
+}
+
+/// Writes both files of a snapshot, the one without which the other is nothing last.
+pub(crate) fn store(
+    dir: &Path,
+    label: &str,
+    machine: &MachineState,
+    write_memory: impl FnOnce(&File) -> io::Result<MemoryDigest>,
+) -> Result<(), SnapshotError> {
+    let path = dir.join(MEMORY);
+    let failed = |path: &Path| SnapshotError::file("write", path);
+    let file = create(&path).map_err(failed(&path))?;
+    let memory = write_memory(&file).map_err(failed(&path))?;
+    file.sync_all().map_err(failed(&path))?;
+    let stored = Stored {
+        label: label.to_owned(),
+        memory,
+        machine,
+    };
+    let path = dir.join(STATE);
+    let file = create(&path).map_err(failed(&path))?;
+    file::write(&file, &stored).map_err(failed(&path))?;
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(failed(dir))
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+}
