@@ -104,7 +104,7 @@ fn broken_rings_ask_for_a_reset() {
         assert!(nic.driver.wait_needs_reset().contains("net: invalid queue"));
         // The tap can still be taken away.
         nic.handle.detach(SOON).unwrap();
-        nix::net::if_::if_nametoindex("tap0").unwrap_err();
+        wait_gone("tap0");
     });
 }
 

@@ -61,12 +61,30 @@ fn ip(args: &str) {
 
 /// A tap that is up and has no IPv6, so that it sends nothing of its own.
 fn tap(name: &str, queues: u16) -> TapDevice {
-    let tap = process::without_forks(|| TapDevice::open(name, queues)).unwrap();
+    let end = Instant::now() + PATIENCE;
+    let tap = loop {
+        match process::without_forks(|| TapDevice::open(name, queues)) {
+            Ok(tap) => break tap,
+            // As `wait_gone`: the one before may still be there.
+            Err(err) if Instant::now() > end => panic!("{err}"),
+            Err(_) => thread::yield_now(),
+        }
+    };
     // Where there is no IPv6 it cannot be switched off either. The file is that of the
     // calling thread's namespace.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
     ip(&format!("link set {name} up"));
     tap
+}
+
+/// Closing its last queue removes an interface: its name is free again. A child that another
+/// test is just starting may hold a copy of the queue for a moment.
+fn wait_gone(interface: &str) {
+    let end = Instant::now() + SOON;
+    while nix::net::if_::if_nametoindex(interface).is_ok() {
+        assert!(Instant::now() < end, "the interface outlived its queue");
+        thread::yield_now();
+    }
 }
 
 /// The host's end of the wire: sends and receives raw frames on an interface.

@@ -1,7 +1,6 @@
 //! Attach, detach, link state, reset, snapshots.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::*;
 use crate::virtio::net::{AttachError, DetachError};
@@ -26,15 +25,7 @@ fn taps_come_and_go() {
             assert_eq!(nic.receive(0).0, back);
             nic.handle.detach(SOON).unwrap();
             assert_eq!(nic.driver.interrupt.config_count(), round * 2);
-            // Closing its only queue removes the interface: the name is free again. A child
-            // that another test is just starting may hold a copy of the queue for a moment.
-            let end = Instant::now() + SOON;
-            while nix::net::if_::if_nametoindex("tap0").is_ok() {
-                assert!(Instant::now() < end, "the interface outlived its queue");
-                std::thread::yield_now();
-            }
-            // Closing its only queue removes the interface: the name is free again.
-            nix::net::if_::if_nametoindex("tap0").unwrap_err();
+            wait_gone("tap0");
         }
         let err = nic.handle.detach(SOON).unwrap_err();
         assert!(matches!(err, DetachError::Empty), "{err}");
