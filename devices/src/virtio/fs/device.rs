@@ -12,10 +12,11 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::config::{FsConfig, FsError, ShareRoot};
 use super::share::{Policy, Share};
+use super::state::FsState;
 use super::tag::Tag;
 use super::worker::{self, ServerOf, Shared};
 use crate::virtio::{
-    ActivateError, Activation, DeviceType, Runner, VirtioDevice, WorkerId, config,
+    ActivateError, Activation, DeviceType, Runner, StateError, VirtioDevice, WorkerId, config,
 };
 
 /// FORGET and INTERRUPT; Linux sends them singly.
@@ -34,7 +35,16 @@ pub struct Fs {
     request_queues: u16,
     workers: u16,
     queue_sizes: Vec<u16>,
+    /// The session of the driver that has started the device, here or before a snapshot.
+    session: Option<Served>,
     active: Option<(Arc<dyn Runner>, Vec<WorkerId>)>,
+}
+
+/// A share, and its codec.
+#[derive(Clone)]
+struct Served {
+    share: Arc<Share>,
+    server: Arc<ServerOf<Arc<Share>>>,
 }
 
 impl Fs {
@@ -58,17 +68,41 @@ impl Fs {
             request_queues: config.request_queues,
             workers: config.workers,
             queue_sizes,
+            session: None,
             active: None,
         })
     }
 
+    /// A share that the guest knows nothing of.
+    fn serve(&self) -> io::Result<Served> {
+        let share = Arc::new(Share::new(self.root.try_clone()?, self.policy)?);
+        Ok(Served {
+            server: Arc::new(ServerOf(Server::new(Arc::clone(&share)))),
+            share,
+        })
+    }
+
+    /// Finishes the requests in progress.
+    fn stop(&mut self) {
+        if let Some((runner, workers)) = self.active.take() {
+            for worker in workers {
+                runner.join(worker);
+            }
+        }
+    }
+
     fn start(&mut self, activation: Activation) -> io::Result<()> {
-        let share = Share::new(self.root.try_clone()?, self.policy)?;
+        let served = match &self.session {
+            Some(served) => served.clone(),
+            None => self.serve()?,
+        };
+        let server = Arc::clone(&served.server);
+        self.session = Some(served);
         let shared = Arc::new(Shared {
             memory: activation.memory,
             interrupt: activation.interrupt,
             queues: activation.queues.into_iter().map(Mutex::new).collect(),
-            server: ServerOf(Server::new(share)),
+            server,
         });
         let runner = activation.runner;
         let (_, workers) = self
@@ -144,7 +178,7 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.reset();
+        self.stop();
         let got = activation.queues.len();
         // The driver may leave out request queues, but not all of them.
         if got < 2 {
@@ -160,11 +194,38 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        if let Some((runner, workers)) = self.active.take() {
-            for worker in workers {
-                runner.join(worker);
-            }
-        }
+        self.stop();
+        self.session = None;
+    }
+
+    /// The session stays: the driver does not mount again.
+    fn quiesce(&mut self) {
+        self.stop();
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let session = self.session.as_ref().map(|served| served.share.save());
+        let session = session.transpose().map_err(|source| StateError::Io {
+            what: "cannot find the files of the share",
+            source,
+        })?;
+        FsState::new(&self.name, &self.policy, session).encode()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let state = FsState::decode(state, &self.name, &self.policy)?;
+        let Some(session) = state.session else {
+            return Ok(());
+        };
+        let served = self.serve().and_then(|served| {
+            served.share.restore(&session)?;
+            Ok(served)
+        });
+        self.session = Some(served.map_err(|source| StateError::Io {
+            what: "cannot open the files of the share",
+            source,
+        })?);
+        Ok(())
     }
 }
 

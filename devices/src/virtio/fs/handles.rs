@@ -20,6 +20,19 @@ pub struct Handle {
 }
 
 impl Handle {
+    fn new(inode: u64, file: File) -> Self {
+        Self {
+            inode,
+            file,
+            position: Mutex::new(()),
+        }
+    }
+
+    /// Number of the file.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
     /// The file.
     pub fn file(&self) -> &File {
         &self.file
@@ -63,13 +76,35 @@ impl Handles {
             return Err(errno(libc::ENFILE));
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let handle = Handle {
-            inode,
-            file,
-            position: Mutex::new(()),
-        };
-        table.insert(id, Arc::new(handle));
+        table.insert(id, Arc::new(Handle::new(inode, file)));
         Ok(id)
+    }
+
+    /// All, by number.
+    pub fn all(&self) -> Vec<(u64, Arc<Handle>)> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = table
+            .iter()
+            .map(|(id, handle)| (*id, Arc::clone(handle)))
+            .collect();
+        all.sort_unstable_by_key(|(id, _)| *id);
+        all
+    }
+
+    /// Puts an open file of `inode` back under its number.
+    pub fn put(&self, id: u64, inode: u64, file: File) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        table.insert(id, Arc::new(Handle::new(inode, file)));
+    }
+
+    /// The number of the next open file.
+    pub fn next(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// Numbers open files from `next` on.
+    pub fn go_on_at(&self, next: u64) {
+        self.next.store(next, Ordering::Relaxed);
     }
 
     /// The open file `id` of `inode`.

@@ -44,12 +44,35 @@ pub struct Inode {
 }
 
 impl Inode {
+    fn new(fd: OwnedFd, stat: &Statx) -> Self {
+        Self {
+            fd,
+            key: Key::of(stat),
+            file_type: FileType::from_raw_mode(stat.stx_mode.into()),
+        }
+    }
+
     /// Its attributes now.
     ///
     /// # Errors
     /// As statx(2).
     pub fn stat(&self) -> io::Result<Statx> {
         stat(self.fd.as_fd())
+    }
+
+    /// What kind of file it is.
+    pub fn file_type(&self) -> FileType {
+        self.file_type
+    }
+
+    /// Whether it is a directory.
+    pub fn is_directory(&self) -> bool {
+        self.file_type == FileType::Directory
+    }
+
+    /// Whether `stat` is of this file.
+    pub fn is(&self, stat: &Statx) -> bool {
+        self.key == Key::of(stat)
     }
 
     /// Whether it may be opened for I/O: regular files and directories only.
@@ -93,8 +116,9 @@ pub fn stat(fd: BorrowedFd<'_>) -> io::Result<Statx> {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// With the number of times the guest has learnt of it.
-    by_id: HashMap<u64, (Arc<Inode>, u64)>,
+    /// With the number of times the guest has learnt of it. There is no file where one was
+    /// lost between a snapshot and its restore.
+    by_id: HashMap<u64, (Option<Arc<Inode>>, u64)>,
     by_key: HashMap<Key, u64>,
 }
 
@@ -126,13 +150,13 @@ impl Inodes {
     /// The file with the number `id`.
     ///
     /// # Errors
-    /// ESTALE when the guest has forgotten it, or never knew it.
+    /// ESTALE when the guest has forgotten it, or never knew it, or it was lost.
     pub fn get(&self, id: u64) -> io::Result<Arc<Inode>> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         table
             .by_id
             .get(&id)
-            .map(|(inode, _)| Arc::clone(inode))
+            .and_then(|(inode, _)| inode.clone())
             .ok_or_else(|| errno(libc::ESTALE))
     }
 
@@ -157,14 +181,45 @@ impl Inodes {
             return Err(errno(libc::ENFILE));
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let inode = Inode {
-            fd,
-            key,
-            file_type: FileType::from_raw_mode(stat.stx_mode.into()),
-        };
         vacant.insert(id);
-        table.by_id.insert(id, (Arc::new(inode), 1));
+        let inode = Arc::new(Inode::new(fd, stat));
+        table.by_id.insert(id, (Some(inode), 1));
         Ok(id)
+    }
+
+    /// All but the root, by number, with how often the guest has learnt of each.
+    pub fn all(&self) -> Vec<(u64, Option<Arc<Inode>>, u64)> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = table
+            .by_id
+            .iter()
+            .filter(|(id, _)| **id != ROOT_ID)
+            .map(|(id, (inode, count))| (*id, inode.clone(), *count))
+            .collect();
+        all.sort_unstable_by_key(|(id, ..)| *id);
+        all
+    }
+
+    /// Puts a file back under its number, or its loss.
+    pub fn put(&self, id: u64, found: Option<(OwnedFd, Statx)>, count: u64) {
+        let table = &mut *self.write();
+        let inode = found.map(|(fd, stat)| {
+            let inode = Inode::new(fd, &stat);
+            // Two that the guest knows may have become one: it learns of the first again.
+            table.by_key.entry(inode.key).or_insert(id);
+            Arc::new(inode)
+        });
+        table.by_id.insert(id, (inode, count));
+    }
+
+    /// The number of the next file.
+    pub fn next(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// Numbers files from `next` on.
+    pub fn go_on_at(&self, next: u64) {
+        self.next.store(next, Ordering::Relaxed);
     }
 
     /// The guest takes back `count` times of learning of `id`.
@@ -180,7 +235,11 @@ impl Inodes {
         *times = times.saturating_sub(count);
         if *times == 0 {
             let (inode, _) = known.remove();
-            table.by_key.remove(&inode.key);
+            if let Some(inode) = inode
+                && table.by_key.get(&inode.key) == Some(&id)
+            {
+                table.by_key.remove(&inode.key);
+            }
         }
     }
 

@@ -36,6 +36,7 @@
 //! | `attributes`, `names`, `listing`, `xattr` | parts of the operations |
 //! | `identity` | acting as a user of the guest |
 //! | `device` | [`Fs`]: activation, reset |
+//! | `state`, `session` | what a snapshot keeps: files by path below the root |
 
 mod attributes;
 mod config;
@@ -47,7 +48,9 @@ mod listing;
 mod names;
 mod operations;
 mod request;
+mod session;
 mod share;
+mod state;
 mod tag;
 mod thread;
 mod worker;

@@ -5,3 +5,4 @@ mod confinement;
 mod hostile;
 mod operations;
 mod ownership;
+mod snapshot;

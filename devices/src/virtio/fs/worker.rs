@@ -25,7 +25,7 @@ pub struct Shared<F: FileSystem + Sync> {
     pub memory: GuestMemory,
     pub interrupt: Arc<dyn Interrupt>,
     pub queues: Vec<Mutex<ActiveQueue>>,
-    pub server: ServerOf<F>,
+    pub server: Arc<ServerOf<F>>,
 }
 
 /// A FUSE server that can be printed.
