@@ -69,6 +69,11 @@ impl ConfigChange {
         *self.lock() = Listener::Later { pending: changed };
     }
 
+    /// Whether there was a change since the device stands still.
+    pub(crate) fn is_pending(&self) -> bool {
+        matches!(*self.lock(), Listener::Later { pending: true })
+    }
+
     /// Interrupts the driver, at once or when its device goes on; one that is not there yet
     /// reads the new values when it starts.
     ///
@@ -113,7 +118,9 @@ mod tests {
         change.suspend();
         change.notify().unwrap();
         change.suspend();
+        assert!(change.is_pending());
         assert_eq!(told(&change), 1);
+        assert!(!change.is_pending());
         change.suspend();
         change.notify().unwrap();
         change.disarm();

@@ -21,12 +21,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::interrupt::IrqLine;
 use self::interrupt::MmioInterrupt;
-use self::queue::{Position, QueueRegisters, set_high, set_low};
+use self::queue::{Position, QueueError, QueueRegisters, set_high, set_low};
 use self::registers::{self as reg, status};
 pub use self::state::MmioState;
 use crate::bus::BusDevice;
 use crate::virtio::{
-    Activation, ActiveQueue, DeviceType, GuestMemory, Interrupt, Runner, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, DeviceType, GuestMemory, Interrupt, Runner,
+    VirtioDevice,
 };
 
 /// One virtio-mmio device.
@@ -236,13 +237,13 @@ impl MmioTransport {
         }
         registers.status |= new;
         if new & status::DRIVER_OK != 0
-            && let Err(reason) = self.activate(state, Position::Start)
+            && let Err(err) = self.activate(state, Position::Start)
         {
-            self.interrupt.needs_reset(&reason);
+            self.interrupt.needs_reset(&err.to_string());
         }
     }
 
-    fn activate(&self, state: &mut State, position: Position) -> Result<(), String> {
+    fn activate(&self, state: &mut State, position: Position) -> Result<(), StartError> {
         state.quiesced = false;
         let features = state.registers.driver_features;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
@@ -255,10 +256,10 @@ impl MmioTransport {
             }
             let queue = registers
                 .build(&self.memory, event_idx, position)
-                .map_err(|err| format!("queue {index}: {err}"))?;
+                .map_err(|err| StartError::Queue(index, err))?;
             let notify = notify
                 .try_clone()
-                .map_err(|err| format!("queue {index}: {err}"))?;
+                .map_err(|err| StartError::Notify(index, err))?;
             queues.push(ActiveQueue {
                 index,
                 queue,
@@ -272,11 +273,19 @@ impl MmioTransport {
             features,
             runner: Arc::clone(&self.runner),
         };
-        state
-            .device
-            .activate(activation)
-            .map_err(|err| format!("activation: {err}"))
+        Ok(state.device.activate(activation)?)
     }
+}
+
+/// Why a device does not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("queue {0}: {1}")]
+    Queue(u16, #[source] QueueError),
+    #[error("queue {0}: {1}")]
+    Notify(u16, #[source] io::Error),
+    #[error("activation: {0}")]
+    Device(#[from] ActivateError),
 }
 
 impl Registers {

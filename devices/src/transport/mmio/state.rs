@@ -6,7 +6,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::interrupt::InterruptState;
 use super::queue::Position;
 use super::registers::{CONFIG_CHANGE, USED_BUFFER, status};
-use super::{MmioTransport, Registers, State};
+use super::{MmioTransport, Registers, StartError, State};
 use crate::virtio::{Interrupt, StateError};
 
 /// A transport as its driver sees it, and its device. Means the same on every host.
@@ -94,7 +94,14 @@ impl MmioTransport {
 
     fn go_on(&self, state: &mut State) -> Result<(), StateError> {
         self.activate(state, Position::Used)
-            .map_err(|err| StateError::invalid(self.device_type, err))?;
+            .map_err(|err| match err {
+                StartError::Queue(..) => StateError::invalid(self.device_type, err.to_string()),
+                StartError::Notify(_, source) => StateError::Io {
+                    what: "cannot share the notification of a queue",
+                    source,
+                },
+                StartError::Device(err) => err.into(),
+            })?;
         // Notifications may have been on their way. One too many does no harm.
         for index in (0_u32..).take(self.notifies.len()) {
             self.notify(index);

@@ -75,6 +75,8 @@ struct State {
     target_pages: u32,
     /// Pages in the balloon.
     actual_pages: u32,
+    /// The driver has yet to be told of a change.
+    change_pending: bool,
 }
 
 /// The device.
@@ -224,6 +226,7 @@ impl VirtioDevice for Balloon {
         let state = State {
             target_pages: self.shared.target_pages(),
             actual_pages: self.shared.actual_pages(),
+            change_pending: self.shared.config_change.is_pending(),
         };
         state::encode(DeviceType::Balloon, STATE_VERSION, &state)
     }
@@ -238,7 +241,7 @@ impl VirtioDevice for Balloon {
             .map_err(|err| StateError::mismatch(DeviceType::Balloon, err.to_string()))?;
         self.shared.set_target_pages(target);
         self.shared.set_actual_pages(state.actual_pages);
-        self.shared.config_change.restored(false);
+        self.shared.config_change.restored(state.change_pending);
         Ok(())
     }
 }

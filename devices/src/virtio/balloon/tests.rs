@@ -350,7 +350,7 @@ fn hostile_states_are_refused() {
     handle.set_target(300 * PAGE_BYTES).unwrap();
     state_tests::check_hostile(&device.save().unwrap(), || new().0);
     let pages = u32::try_from(MEMORY / PAGE_BYTES).unwrap() + 1;
-    let body = postcard::to_stdvec(&(pages, 0_u32)).unwrap();
+    let body = postcard::to_stdvec(&(pages, 0_u32, false)).unwrap();
     let err = new().0.restore(&state_tests::seal(1, &body)).unwrap_err();
     assert!(
         err.to_string().contains("more than the guest's memory"),

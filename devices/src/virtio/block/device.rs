@@ -192,14 +192,19 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        BlockState::new(&self.config, self.slot.sectors()).encode()
+        BlockState::new(
+            &self.config,
+            self.slot.sectors(),
+            self.slot.change.is_pending(),
+        )
+        .encode()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         let state = BlockState::decode(state, &self.config)?;
         self.slot
             .change
-            .restored(state.sectors != self.slot.sectors());
+            .restored(state.change_pending || state.sectors != self.slot.sectors());
         Ok(())
     }
 }

@@ -20,10 +20,12 @@ pub(super) struct BlockState {
     /// Capacity in sectors that the driver has seen: after a restore it is zero until
     /// something is attached, which the driver is told.
     pub(super) sectors: u64,
+    /// The driver has yet to be told of a change of it.
+    pub(super) change_pending: bool,
 }
 
 impl BlockState {
-    pub(super) fn new(config: &BlockConfig, sectors: u64) -> Self {
+    pub(super) fn new(config: &BlockConfig, sectors: u64, change_pending: bool) -> Self {
         Self {
             serial: config.serial.clone(),
             read_only: config.read_only,
@@ -31,6 +33,7 @@ impl BlockState {
             physical_block_size: config.physical_block_size,
             queues: config.queues,
             sectors,
+            change_pending,
         }
     }
 
@@ -87,13 +90,13 @@ mod tests {
                 engine: Engine::Sync,
                 ..BlockConfig::default()
             };
-            let bytes = BlockState::new(&config, sectors).encode().unwrap();
+            let bytes = BlockState::new(&config, sectors, false).encode().unwrap();
             let host = BlockConfig { name: "other".to_owned(), ..config };
             let (mut device, handle) = Block::new(host).unwrap();
             device.restore(&bytes).unwrap();
             prop_assert!(!handle.is_attached());
             prop_assert_eq!(handle.capacity_bytes(), 0);
-            let empty = BlockState::new(&BlockConfig { name: String::new(), ..device.config().clone() }, 0);
+            let empty = BlockState::new(&BlockConfig { name: String::new(), ..device.config().clone() }, 0, sectors != 0);
             prop_assert_eq!(device.save().unwrap(), empty.encode().unwrap());
         }
     }
@@ -105,7 +108,7 @@ mod tests {
             queues: 2,
             ..BlockConfig::default()
         };
-        let state = BlockState::new(&config, 7).encode().unwrap();
+        let state = BlockState::new(&config, 7, false).encode().unwrap();
         let others = [
             BlockConfig {
                 serial: "x".to_owned(),

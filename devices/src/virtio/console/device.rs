@@ -33,6 +33,8 @@ struct State {
     rows: u16,
     /// Bytes already written of the first chain in the transmit queue.
     sent_bytes: u64,
+    /// The driver has yet to be told of a change.
+    change_pending: bool,
 }
 
 /// The device.
@@ -135,6 +137,7 @@ impl VirtioDevice for Console {
                 columns: shared.size.columns,
                 rows: shared.size.rows,
                 sent_bytes: u64::try_from(shared.sent).unwrap_or(u64::MAX),
+                change_pending: self.shared.config_change.is_pending(),
             }
         };
         state::encode(DeviceType::Console, STATE_VERSION, &state)
@@ -153,7 +156,7 @@ impl VirtioDevice for Console {
             };
             shared.sent = sent;
         }
-        self.shared.config_change.restored(false);
+        self.shared.config_change.restored(state.change_pending);
         Ok(())
     }
 }

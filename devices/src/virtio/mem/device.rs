@@ -110,6 +110,8 @@ struct State {
     requested_bytes: u64,
     /// Plugged blocks: runs of (first, count), in order, none touching another.
     plugged: Vec<(u32, u32)>,
+    /// The driver has yet to be told of a change.
+    change_pending: bool,
 }
 
 /// The device.
@@ -237,6 +239,7 @@ impl VirtioDevice for Mem {
                 .runs()
                 .map(|run| (fit(run.start), fit(run.len())))
                 .collect(),
+            change_pending: self.shared.config_change.is_pending(),
         };
         state::encode(DeviceType::Mem, STATE_VERSION, &state)
     }
@@ -266,7 +269,7 @@ impl VirtioDevice for Mem {
         self.shared
             .set_requested(state.requested_bytes)
             .map_err(|err| StateError::invalid(DeviceType::Mem, err.to_string()))?;
-        self.shared.config_change.restored(false);
+        self.shared.config_change.restored(state.change_pending);
         Ok(())
     }
 }

@@ -278,7 +278,7 @@ fn a_state_of_another_region_is_refused() {
             .0
     };
     let restore = |state: (u64, u64, u64, u64, Vec<(u32, u32)>)| {
-        let body = postcard::to_stdvec(&state).unwrap();
+        let body = postcard::to_stdvec(&(state, false)).unwrap();
         new().restore(&state_tests::seal(1, &body))
     };
     let runs = |runs: &[(u32, u32)]| (ADDRESS, REGION, BLOCK, REGION, runs.to_vec());
@@ -292,7 +292,7 @@ fn a_state_of_another_region_is_refused() {
     restore(runs(&[(u32::MAX, u32::MAX)])).unwrap_err();
     restore(runs(&[(1, 2), (2, 1)])).unwrap_err();
     restore(runs(&[(1, 0)])).unwrap_err();
-    let body = postcard::to_stdvec(&runs(&[(1, 2), (8, 3)])).unwrap();
+    let body = postcard::to_stdvec(&(runs(&[(1, 2), (8, 3)]), true)).unwrap();
     state_tests::check_hostile(&state_tests::seal(1, &body), new);
 }
 

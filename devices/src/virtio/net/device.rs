@@ -165,7 +165,13 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        NetState::new(&self.config, self.link.status(), self.link.settings()).encode()
+        NetState::new(
+            &self.config,
+            self.link.status(),
+            self.link.change.is_pending(),
+            self.link.settings(),
+        )
+        .encode()
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
@@ -177,7 +183,7 @@ impl VirtioDevice for Net {
             .map_err(|err| StateError::invalid(DeviceType::Net, err.to_string()))?;
         self.link
             .change
-            .restored(state.status != self.link.status());
+            .restored(state.change_pending || state.status != self.link.status());
         self.has_settings = true;
         Ok(())
     }

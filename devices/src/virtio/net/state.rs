@@ -20,16 +20,24 @@ pub(super) struct NetState {
     queue_pairs: u16,
     /// The status field that the driver has seen.
     pub(super) status: u16,
+    /// The driver has yet to be told of a change.
+    pub(super) change_pending: bool,
     pub(super) settings: Settings,
 }
 
 impl NetState {
-    pub(super) fn new(config: &NetConfig, status: u16, settings: Settings) -> Self {
+    pub(super) fn new(
+        config: &NetConfig,
+        status: u16,
+        change_pending: bool,
+        settings: Settings,
+    ) -> Self {
         Self {
             mac: config.mac,
             mtu: config.mtu,
             queue_pairs: config.queue_pairs,
             status,
+            change_pending,
             settings,
         }
     }
@@ -99,7 +107,7 @@ mod tests {
                 queue_pairs: pairs,
                 ..NetConfig::new([2, 0, 0, 0, 0, 7])
             };
-            let bytes = NetState::new(&config, 0, settings.clone()).encode().unwrap();
+            let bytes = NetState::new(&config, 0, false, settings.clone()).encode().unwrap();
             let rate = Rate { per_second: 1, burst: 1 };
             let host = NetConfig {
                 rx_limit: RateLimit { bytes: Some(rate), frames: None },
@@ -116,7 +124,7 @@ mod tests {
     #[test]
     fn states_of_other_devices_are_refused() {
         let config = NetConfig::new([2, 0, 0, 0, 0, 7]);
-        let state = NetState::new(&config, 1, Settings::new(config.mac));
+        let state = NetState::new(&config, 1, false, Settings::new(config.mac));
         let restore = |config: &NetConfig, state: &NetState| {
             let (mut device, _handle) = Net::new(config.clone()).unwrap();
             device.restore(&state.encode().unwrap())

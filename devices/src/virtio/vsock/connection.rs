@@ -193,6 +193,11 @@ impl Connection {
         self.deadline
     }
 
+    /// Nothing could happen for `pause`.
+    pub fn postpone(&mut self, pause: Duration) {
+        self.deadline = self.deadline.and_then(|at| at.checked_add(pause));
+    }
+
     /// The deadline has passed.
     pub fn expire(&mut self) {
         let timed_out = || io::Error::new(io::ErrorKind::TimedOut, "the guest did not answer");

@@ -192,8 +192,11 @@ impl EventHandler for Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        if !self.connections.keep.load(Ordering::SeqCst) {
-            self.connections.lock().close();
+        let mut muxer = self.connections.lock();
+        if self.connections.keep.load(Ordering::SeqCst) {
+            muxer.pause();
+        } else {
+            muxer.close();
         }
     }
 }

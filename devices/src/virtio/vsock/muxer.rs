@@ -64,6 +64,8 @@ pub struct Muxer {
     deadlines: Deadlines,
     next_id: u64,
     next_local_port: u32,
+    /// Since when it is on no loop.
+    paused: Option<Instant>,
     /// The transport reset event has yet to be delivered.
     resetting: bool,
 }
@@ -90,6 +92,7 @@ impl Muxer {
             deadlines: Deadlines::new()?,
             next_id: FIRST_ID,
             next_local_port: FIRST_LOCAL_PORT,
+            paused: None,
             resetting: false,
         })
     }

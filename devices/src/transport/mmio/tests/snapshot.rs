@@ -399,6 +399,24 @@ fn a_changed_capacity_is_told() {
     }
 }
 
+/// A change while the device stands still, and yet another snapshot before it goes on.
+#[test]
+fn a_change_outlasts_another_snapshot() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4096).unwrap();
+    let open = || Backing::open(file.path(), BackingOptions::default()).unwrap();
+    let (device, handle) = Block::new(BlockConfig::default()).unwrap();
+    let vm = Vm::start(Box::new(device));
+    vm.transport.save().unwrap();
+    handle.attach(open()).unwrap();
+    assert_eq!(vm.read(reg::INTERRUPT_STATUS), 0);
+    let state = vm.transport.save().unwrap();
+    let (device, handle) = Block::new(BlockConfig::default()).unwrap();
+    handle.attach(open()).unwrap();
+    let vm = vm.clone_onto(Box::new(device), &state);
+    assert_eq!(vm.read(reg::INTERRUPT_STATUS), reg::CONFIG_CHANGE);
+}
+
 /// Requests in flight when the snapshot is taken are finished, each once.
 #[test]
 fn requests_in_flight_are_finished() {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use super::{Muxer, READ};
 use crate::virtio::Loop;
@@ -49,10 +50,22 @@ impl Muxer {
         self.replies = state.resets.into_iter().map(reset).collect();
     }
 
+    /// Leaves the loop for a while, which does not count for deadlines.
+    pub fn pause(&mut self) {
+        self.paused = Some(Instant::now());
+    }
+
     /// Begins on a loop, which watches nothing of it yet.
     pub fn start(&mut self, lp: &mut dyn Loop) {
+        let pause = self.paused.take().map_or(Duration::ZERO, |at| at.elapsed());
         for entry in self.entries.values_mut() {
             entry.watched = None;
+            entry.connection.postpone(pause);
+        }
+        for (id, (_, deadline)) in &mut self.clients {
+            self.deadlines.remove(*deadline, *id);
+            *deadline = deadline.checked_add(pause).unwrap_or(*deadline);
+            self.deadlines.add(*deadline, *id);
         }
         let ids: Vec<u64> = self.entries.keys().copied().collect();
         for id in ids {
