@@ -60,7 +60,7 @@ impl Host {
     /// Opens `/dev/kvm` and finds out what it can do, once: keep the value.
     ///
     /// # Errors
-    /// When KVM cannot be used; the message says what to do.
+    /// When KVM cannot be used; [`HostError::fix`] says what to do.
     pub fn probe() -> Result<Self, HostError> {
         Self::probe_at(Path::new("/dev/kvm"))
     }
@@ -68,6 +68,9 @@ impl Host {
     fn probe_at(device: &Path) -> Result<Self, HostError> {
         let kvm = open(device)?;
         let version = kvm.get_api_version();
+        if version < 0 {
+            return Err(HostError::NotKvm);
+        }
         if version != KVM_API_VERSION {
             return Err(HostError::ApiVersion { version });
         }
@@ -199,6 +202,10 @@ fn open(device: &Path) -> Result<Kvm, HostError> {
         Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
             return Err(HostError::Permission);
         }
+        // A device node whose driver is not loaded.
+        Err(err) if matches!(err.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
+            return Err(HostError::NoDriver);
+        }
         Err(source) => {
             return Err(HostError::Io {
                 what: "open /dev/kvm",
@@ -260,27 +267,29 @@ fn emulates_ring0(kvm: &Kvm) -> Result<bool, HostError> {
     }
 }
 
-/// Why KVM cannot be used, and what to do about it.
+/// Why KVM cannot be used; [`HostError::fix`] says what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// No device node.
-    #[error(
-        "/dev/kvm does not exist: load the module (modprobe kvm_intel or kvm_amd), enable \
-         virtualization in the firmware or nested virtualization in the hypervisor above, \
-         or pass --device /dev/kvm to the container"
-    )]
+    #[error("/dev/kvm does not exist")]
     Missing,
     /// Not allowed to open it.
-    #[error("/dev/kvm cannot be opened: permission denied; run as root or join the group kvm")]
+    #[error("/dev/kvm may not be opened: permission denied")]
     Permission,
+    /// A device node with nothing behind it.
+    #[error("/dev/kvm exists, but no KVM is behind it")]
+    NoDriver,
+    /// Something else that bears its name.
+    #[error("/dev/kvm is not KVM's device")]
+    NotKvm,
     /// Not the stable API.
-    #[error("/dev/kvm speaks API version {version}, not {KVM_API_VERSION}: update the kernel")]
+    #[error("/dev/kvm speaks API version {version}, not {KVM_API_VERSION}")]
     ApiVersion {
         /// Reported.
         version: i32,
     },
     /// A capability is missing.
-    #[error("this KVM lacks {cap:?} ({what}): update the kernel or load kvm_intel or kvm_amd")]
+    #[error("this KVM lacks {cap:?} ({what})")]
     Capability {
         /// Which.
         cap: Cap,
@@ -288,7 +297,7 @@ pub enum HostError {
         what: &'static str,
     },
     /// The test VM behaved like no known KVM.
-    #[error("the test VM ended in an unknown way ({0}): report it with the kernel's version")]
+    #[error("the test VM ended in an unknown way ({0})")]
     Probe(String),
     /// A system call failed.
     #[error("cannot {what}")]
@@ -302,6 +311,30 @@ pub enum HostError {
 }
 
 impl HostError {
+    /// What to do about it.
+    #[must_use]
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::Missing | Self::NoDriver => {
+                "load the module (modprobe kvm_intel or kvm_amd); if that fails, enable \
+                 virtualization in the firmware, or nested virtualization in the hypervisor \
+                 above; in a container pass --device /dev/kvm"
+            }
+            Self::Permission => {
+                "run as root (the group kvm may open it, too); in a container pass --device \
+                 /dev/kvm"
+            }
+            Self::NotKvm => {
+                "remove what is there and load the module (modprobe kvm_intel or kvm_amd), which \
+                 makes it anew; in a container pass --device /dev/kvm"
+            }
+            Self::ApiVersion { .. } => "update the kernel",
+            Self::Capability { .. } => "update the kernel, or load kvm_intel or kvm_amd",
+            Self::Probe(_) => "report it with the kernel's version (uname -a)",
+            Self::Io { .. } => "see the kernel's log (dmesg)",
+        }
+    }
+
     fn io(what: &'static str, err: kvm_ioctls::Error) -> Self {
         Self::Io {
             what,
@@ -318,13 +351,13 @@ mod tests {
     fn a_missing_device_says_what_to_do() {
         let err = Host::probe_at(Path::new("/nonexistent/kvm")).unwrap_err();
         assert!(matches!(err, HostError::Missing));
-        assert!(err.to_string().contains("modprobe"));
+        assert!(err.fix().contains("modprobe"));
     }
 
     #[test]
     fn a_file_that_is_not_kvm_is_refused() {
         let err = Host::probe_at(Path::new("/dev/null")).unwrap_err();
-        assert!(matches!(err, HostError::ApiVersion { .. }), "{err}");
+        assert!(matches!(err, HostError::NotKvm), "{err}");
     }
 
     #[test]

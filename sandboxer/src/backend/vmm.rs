@@ -47,6 +47,17 @@ pub enum BackendError {
     Guest(#[from] MissingGuestFile),
 }
 
+impl BackendError {
+    /// What to do about it, unless the message says so.
+    #[must_use]
+    pub fn fix(&self) -> Option<&'static str> {
+        match self {
+            Self::Host(error) => Some(error.fix()),
+            Self::Guest(_) => None,
+        }
+    }
+}
+
 /// Makes microVMs inside this process.
 #[derive(Debug)]
 pub struct VmmBackend {

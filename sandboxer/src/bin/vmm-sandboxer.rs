@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 use sandboxer::causes::with_causes;
 use sandboxer::config::Config;
-use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, Server, ServerOptions};
+use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, Server, ServerError, ServerOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
@@ -46,6 +46,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("vmm-sandboxer: {}", with_causes(e.as_ref()));
+            if let Some(fix) = e.downcast_ref::<ServerError>().and_then(ServerError::fix) {
+                eprintln!("  try: {fix}");
+            }
             ExitCode::FAILURE
         }
     }

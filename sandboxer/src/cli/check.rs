@@ -130,14 +130,7 @@ fn show(report: &Report) -> Result<()> {
 fn kvm(host: &std::result::Result<Host, vmm_core::host::HostError>) -> Vec<Item> {
     let host = match host {
         Ok(host) => host,
-        Err(e) => {
-            let text = chain(e);
-            // The error says what is wrong, a colon, and what to do.
-            let (what, fix) = text
-                .split_once(": ")
-                .unwrap_or((&text, "see the kernel's log"));
-            return vec![Item::missing("kvm", what, fix)];
-        }
+        Err(e) => return vec![Item::missing("kvm", chain(e), e.fix())],
     };
     let facts = host.facts();
     let found = format!(

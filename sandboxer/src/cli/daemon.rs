@@ -121,7 +121,10 @@ impl Embedded {
         })
         .await
         .map_err(|e| {
-            CliError::new(chain(&e)).next("`kuasar-ctl check` says what this host lacks")
+            let fix = e
+                .fix()
+                .unwrap_or("`kuasar-ctl check` says what this host lacks");
+            CliError::new(chain(&e)).next(fix)
         })?;
         Ok(Self {
             server,

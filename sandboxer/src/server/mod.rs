@@ -5,6 +5,7 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,6 +82,18 @@ pub enum ServerError {
 }
 
 impl ServerError {
+    /// What to do about it, unless the message says so.
+    #[must_use]
+    pub fn fix(&self) -> Option<&'static str> {
+        match self {
+            Self::Backend(error) => error.fix(),
+            Self::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+                Some("run as root")
+            }
+            _ => None,
+        }
+    }
+
     fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
