@@ -3,6 +3,7 @@
 //! The in-process machine of this crate implements [`Vm`], and so does every adapter to
 //! an external hypervisor. What a backend cannot do is [`VmError::Unsupported`].
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -59,14 +60,27 @@ impl fmt::Display for ExitReason {
     }
 }
 
+/// vCPU exits to this process by kind ("io", "mmio", ...).
+pub type ExitCounts = BTreeMap<&'static str, u64>;
+
+/// A point in the life of a VM, and what it took to get there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PhaseReached {
+    /// "vm built", "kernel entered", ...
+    pub name: &'static str,
+    /// Since building the VM began.
+    pub since: Duration,
+    /// vCPU exits until then, summed over vCPUs.
+    pub exits: ExitCounts,
+}
+
 /// Figures of one VM.
 #[derive(Clone, Debug, Default)]
 pub struct VmStats {
-    /// vCPU exits to this process by kind ("io", "mmio", ...), summed over vCPUs.
-    pub exits: std::collections::BTreeMap<&'static str, u64>,
-    /// Since the VM was built, when each phase was reached, in order
-    /// ("built", "kernel entered", ...).
-    pub phases: Vec<(&'static str, Duration)>,
+    /// vCPU exits to this process, summed over vCPUs.
+    pub exits: ExitCounts,
+    /// The phases reached so far, in order.
+    pub phases: Vec<PhaseReached>,
     /// Guest memory size in bytes.
     pub memory_bytes: u64,
     /// Guest memory backed by host pages now, in bytes, when known.

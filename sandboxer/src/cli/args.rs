@@ -110,6 +110,9 @@ pub(super) struct RunArgs {
     /// Replace the image's entry point
     #[arg(long, value_name = "PROGRAM")]
     pub(super) entrypoint: Option<String>,
+    /// What `stop` asks the container to end with, instead of what the image says, or TERM
+    #[arg(long, value_name = "SIGNAL", value_parser = values::signal)]
+    pub(super) stop_signal: Option<i32>,
     /// Make the root file system read-only
     #[arg(long)]
     pub(super) read_only: bool,
@@ -223,7 +226,7 @@ pub(super) struct StopArgs {
     /// Names or ids, or beginnings of ids
     #[arg(required = true)]
     pub(super) pods: Vec<String>,
-    /// How long a container may take after TERM before it is killed
+    /// How long a container may take after its stop signal (TERM) before it is killed
     #[arg(long, short, value_parser = values::duration, default_value = "10s")]
     pub(super) time: Duration,
     /// Print JSON

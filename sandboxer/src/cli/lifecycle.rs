@@ -56,8 +56,10 @@ async fn stop_one(global: &Global, wanted: &str, limit: Duration) -> Result<Stri
     let found = find(global, wanted).await?;
     if found.is_ready() {
         let task = found.task().await?;
+        let record = found.pod.record.as_ref();
+        let signal = record.map_or(Signal::SIGTERM as i32, |r| r.stop_signal);
         for container in found.container_ids() {
-            end_container(&task, container, limit).await?;
+            end_container(&task, container, signal, limit).await?;
         }
     }
     if let Some(controller) = &found.pod.controller {
@@ -66,13 +68,13 @@ async fn stop_one(global: &Global, wanted: &str, limit: Duration) -> Result<Stri
     Ok(found.pod.id)
 }
 
-/// TERM, and KILL when that takes longer than `limit`.
-async fn end_container(task: &Task, container: String, limit: Duration) -> Result<()> {
+/// `signal`, and KILL when that takes longer than `limit`.
+async fn end_container(task: &Task, container: String, signal: i32, limit: Duration) -> Result<()> {
     let name = ProcessName {
         container,
         exec: String::new(),
     };
-    task.kill(&name, Signal::SIGTERM as i32, false).await?;
+    task.kill(&name, signal, false).await?;
     if let Ok(ended) = tokio::time::timeout(limit, task.wait(&name)).await {
         return ended.map(drop);
     }

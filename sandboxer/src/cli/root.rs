@@ -37,6 +37,7 @@ pub(super) struct ImageDefaults {
     pub(super) env: Vec<String>,
     pub(super) workdir: String,
     pub(super) user: String,
+    pub(super) stop_signal: String,
 }
 
 impl Root {
@@ -68,6 +69,7 @@ impl Root {
             env: config.env().clone().unwrap_or_default(),
             workdir: config.working_dir().clone().unwrap_or_default(),
             user: config.user().clone().unwrap_or_default(),
+            stop_signal: config.stop_signal().clone().unwrap_or_default(),
         }
     }
 

@@ -21,7 +21,7 @@ use super::spec::{ContainerSpec, ProcessSpec};
 use super::stdio::Fifos;
 use super::store::{PodFolder, PodRecord, PodStore};
 use super::terminal;
-use super::values::{CPU_PERIOD_US, env_file, merge_env};
+use super::values::{CPU_PERIOD_US, env_file, merge_env, signal};
 use crate::image::UserSpec;
 use crate::rpc::cri;
 
@@ -98,6 +98,7 @@ impl Pod {
             command: spec.process.args.clone(),
             roots: root.layers(),
             data: PathBuf::new(),
+            stop_signal: stop_signal(args, &root.defaults())?,
             address: controller.address().to_owned(),
             detached: args.detach,
             created_at_ns: now_ns(),
@@ -279,6 +280,18 @@ fn container_spec(args: &RunArgs, root: &Root) -> Result<ContainerSpec> {
         cpus: args.cpus,
         memory: args.memory,
     })
+}
+
+/// The option, else what the image says, else TERM.
+fn stop_signal(args: &RunArgs, image: &ImageDefaults) -> Result<i32> {
+    match (args.stop_signal, image.stop_signal.as_str()) {
+        (Some(number), _) => Ok(number),
+        (None, "") => Ok(Signal::SIGTERM as i32),
+        (None, text) => signal(text).map_err(|e| {
+            CliError::new(format!("the image's stop signal: {e}"))
+                .next("choose another one with --stop-signal")
+        }),
+    }
 }
 
 fn user(args: &RunArgs, image: &ImageDefaults) -> Result<UserSpec> {

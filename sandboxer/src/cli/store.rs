@@ -31,6 +31,8 @@ pub(super) struct PodRecord {
     /// Root file system for looking up users: writable layer first.
     pub(super) roots: Vec<PathBuf>,
     pub(super) data: PathBuf,
+    /// What asks the container to end.
+    pub(super) stop_signal: i32,
     /// Socket of the daemon that runs it.
     pub(super) address: PathBuf,
     pub(super) detached: bool,
@@ -263,6 +265,7 @@ mod tests {
             command: Vec::new(),
             roots: Vec::new(),
             data: PathBuf::new(),
+            stop_signal: 15,
             address: "/run/x.sock".into(),
             detached: true,
             created_at_ns: 1,

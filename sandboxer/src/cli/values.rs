@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use nix::sys::signal::Signal;
 
 /// The CPU controller's usual period.
 pub(super) const CPU_PERIOD_US: u64 = 100_000;
@@ -61,6 +62,32 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
         return Err("must be longer than nothing".to_owned());
     }
     Ok(duration)
+}
+
+/// A signal as images and users write it: `TERM`, `SIGTERM`, `15` or `SIGRTMIN+3`.
+pub(super) fn signal(text: &str) -> Result<i32, String> {
+    const REAL_TIME: std::ops::RangeInclusive<i32> = 34..=64;
+    let unknown = || format!("{text:?} is no signal; write for instance TERM, SIGTERM or 15");
+    let name = text.strip_prefix("SIG").unwrap_or(text);
+    let number = if let Ok(number) = name.parse::<i32>() {
+        number
+    } else if let Some(more) = name.strip_prefix("RTMIN") {
+        offset(more, '+').map_or(0, |n| REAL_TIME.start().saturating_add(n))
+    } else if let Some(less) = name.strip_prefix("RTMAX") {
+        offset(less, '-').map_or(0, |n| REAL_TIME.end().saturating_sub(n))
+    } else {
+        Signal::from_str(&format!("SIG{name}")).map_or(0, |signal| signal as i32)
+    };
+    let known = Signal::try_from(number).is_ok() || REAL_TIME.contains(&number);
+    known.then_some(number).ok_or_else(unknown)
+}
+
+/// What follows `sign`, or 0 for nothing at all.
+fn offset(text: &str, sign: char) -> Option<i32> {
+    if text.is_empty() {
+        return Some(0);
+    }
+    text.strip_prefix(sign)?.parse().ok()
 }
 
 /// `--name` and pod arguments.
@@ -180,6 +207,26 @@ pub(super) fn merge_env(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn signals() {
+        for (text, number) in [
+            ("TERM", 15),
+            ("SIGTERM", 15),
+            ("9", 9),
+            ("SIGRTMIN", 34),
+            ("SIGRTMIN+3", 37),
+            ("RTMAX-1", 63),
+            ("64", 64),
+        ] {
+            assert_eq!(signal(text), Ok(number), "{text}");
+        }
+        for text in [
+            "", "SIG", "0", "-1", "65", "33", "term", "RTMIN+31", "RTMAX+1", "RTMIN-1",
+        ] {
+            signal(text).unwrap_err();
+        }
+    }
 
     #[test]
     fn cpus() {

@@ -101,7 +101,13 @@ fn vm(pod: &Pod) -> serde_json::Value {
     let phases: Vec<_> = stats
         .phases
         .iter()
-        .map(|(name, since)| json!({"name": name, "us": since.as_micros()}))
+        .map(|phase| {
+            json!({
+                "name": phase.name,
+                "us": phase.since.as_micros(),
+                "exits": phase.exits,
+            })
+        })
         .collect();
     json!({
         "memory_bytes": stats.memory_bytes,

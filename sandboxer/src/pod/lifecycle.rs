@@ -245,7 +245,7 @@ impl Pod {
         if !process.exited(exit) {
             return;
         }
-        if let Ok(machine) = self.machine() {
+        if let (true, Ok(machine)) = (process.id().exec_id.is_empty(), self.machine()) {
             machine.vm.mark_phase(phase::EXIT_SEEN);
         }
         let (what, id) = process.what();

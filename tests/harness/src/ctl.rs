@@ -44,6 +44,7 @@ pub struct Ctl {
     address: PathBuf,
     dir: PathBuf,
     limit: Duration,
+    env: Vec<(String, PathBuf)>,
 }
 
 impl Ctl {
@@ -54,7 +55,15 @@ impl Ctl {
             address: daemon.address(),
             dir: daemon.state_dir(),
             limit: Duration::from_secs(900),
+            env: Vec::new(),
         }
+    }
+
+    /// Sets an environment variable for every command, a path in most cases.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: PathBuf) -> Self {
+        self.env.push((name.to_owned(), value));
+        self
     }
 
     /// The command, with stdio not yet set.
@@ -65,7 +74,8 @@ impl Ctl {
             .arg(&self.address)
             .arg("--dir")
             .arg(&self.dir)
-            .args(args);
+            .args(args)
+            .envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -13,6 +13,7 @@
 
 pub mod ctl;
 pub mod daemon;
+pub mod image;
 pub mod leftovers;
 pub mod pty;
 pub mod rootfs;

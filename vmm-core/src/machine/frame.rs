@@ -1,7 +1,6 @@
 //! A machine with memory and devices and no state yet: what booting and restoring have in
 //! common.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use devices::event_loop::EventLoop;
@@ -19,6 +18,7 @@ use crate::host::Host;
 use crate::memory::GuestRam;
 use crate::thread::VmThreads;
 use crate::vcpu::{Buses, Vcpu, VcpuGroup, VcpuState};
+use crate::vm::ExitCounts;
 
 /// See the module.
 pub(super) struct Frame {
@@ -102,6 +102,7 @@ impl Frame {
         } = self.shell;
         let group = VcpuGroup::new(vcpus.iter(), run_bytes, state).map_err(thread_error)?;
         self.exit.stops(&group);
+        self.phases.counts(&group);
         let buses = Arc::new(self.buses);
         let members: Vec<_> = (0..)
             .zip(vcpus)
@@ -146,7 +147,7 @@ impl Frame {
             memory_bytes,
             vsock: self.vsock,
             live: Mutex::new(Some(Arc::new(live))),
-            final_exits: Mutex::new(BTreeMap::new()),
+            final_exits: Mutex::new(ExitCounts::new()),
             torn_down: watch::Sender::new(false),
         })
     }

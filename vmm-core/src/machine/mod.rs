@@ -16,7 +16,6 @@ mod shell;
 mod vm;
 mod wiring;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::legacy::ConsoleOutput;
@@ -32,6 +31,7 @@ pub(crate) use self::wiring::LegacyState;
 use crate::exit::ExitNotice;
 use crate::host::Host;
 use crate::vcpu::VcpuState;
+use crate::vm::ExitCounts;
 
 /// A virtual machine whose vCPUs and devices are threads of this process.
 ///
@@ -49,7 +49,7 @@ pub struct Machine {
     vsock: Option<VsockHandle>,
     live: Mutex<Option<Arc<Live>>>,
     /// Exits counted by a machine that was torn down.
-    final_exits: Mutex<BTreeMap<&'static str, u64>>,
+    final_exits: Mutex<ExitCounts>,
     torn_down: watch::Sender<bool>,
 }
 
@@ -94,7 +94,7 @@ impl Machine {
         *self
             .final_exits
             .lock()
-            .unwrap_or_else(PoisonError::into_inner) = sum_exits(&live);
+            .unwrap_or_else(PoisonError::into_inner) = live.vcpus.exits();
         Some(live)
     }
 }
@@ -106,14 +106,6 @@ impl Drop for Machine {
             live.tear_down();
         }
     }
-}
-
-fn sum_exits(live: &Live) -> BTreeMap<&'static str, u64> {
-    let mut sums = BTreeMap::new();
-    for counters in live.vcpus.all_counters() {
-        counters.add_to(&mut sums);
-    }
-    sums
 }
 
 #[cfg(test)]

@@ -1,14 +1,18 @@
 //! When a machine reached which point of its start.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use crate::vcpu::VcpuGroup;
+use crate::vm::PhaseReached;
 
 /// Points in time since the machine began to be built, in the order in which they were
-/// reached.
+/// reached, with the exits counted until then.
 #[derive(Debug)]
 pub(crate) struct Phases {
     begin: Instant,
-    reached: Mutex<Vec<(&'static str, Duration)>>,
+    vcpus: OnceLock<Weak<VcpuGroup>>,
+    reached: Mutex<Vec<PhaseReached>>,
 }
 
 impl Phases {
@@ -23,19 +27,28 @@ impl Phases {
     pub(crate) fn begin() -> Self {
         Self {
             begin: Instant::now(),
+            vcpus: OnceLock::new(),
             reached: Mutex::new(Vec::new()),
         }
     }
 
+    /// Whose exits are counted.
+    pub(crate) fn counts(&self, vcpus: &Arc<VcpuGroup>) {
+        let _ = self.vcpus.set(Arc::downgrade(vcpus));
+    }
+
     /// Now, unless it was reached before.
-    pub(crate) fn mark_first(&self, phase: &'static str) {
+    pub(crate) fn mark_first(&self, name: &'static str) {
+        let since = self.begin.elapsed();
+        let vcpus = self.vcpus.get().and_then(Weak::upgrade);
+        let exits = vcpus.map(|vcpus| vcpus.exits()).unwrap_or_default();
         let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
-        if reached.iter().all(|(name, _)| *name != phase) {
-            reached.push((phase, self.begin.elapsed()));
+        if reached.iter().all(|phase| phase.name != name) {
+            reached.push(PhaseReached { name, since, exits });
         }
     }
 
-    pub(crate) fn all(&self) -> Vec<(&'static str, Duration)> {
+    pub(crate) fn all(&self) -> Vec<PhaseReached> {
         self.reached
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
-use super::{Machine, sum_exits};
+use super::Machine;
 use crate::vm::{ExitReason, GuestListener, GuestStream, Vm, VmError, VmStats};
 
 /// A vCPU that is asked to pause leaves the guest within microseconds and finishes one
@@ -146,7 +146,7 @@ impl Vm for Machine {
         let live = self.live();
         VmStats {
             exits: match &live {
-                Some(live) => sum_exits(live),
+                Some(live) => live.vcpus.exits(),
                 None => self
                     .final_exits
                     .lock()

@@ -1,7 +1,8 @@
 //! How often a vCPU left the guest for this process, and why.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::vm::ExitCounts;
 
 /// Kinds of exits that are counted.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +38,7 @@ impl ExitCounters {
     }
 
     /// Adds this vCPU's counts to `sums`.
-    pub(crate) fn add_to(&self, sums: &mut BTreeMap<&'static str, u64>) {
+    pub(crate) fn add_to(&self, sums: &mut ExitCounts) {
         for (name, counter) in [
             ("io", &self.io),
             ("mmio", &self.mmio),

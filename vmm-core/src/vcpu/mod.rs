@@ -22,6 +22,7 @@ pub(crate) use self::counters::ExitCounters;
 use self::kick::ImmediateExit;
 pub(crate) use self::run::{Buses, Vcpu};
 use crate::thread::{Thread, VmThreads};
+use crate::vm::ExitCounts;
 
 /// Where a vCPU is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,9 +223,13 @@ impl VcpuGroup {
             .collect()
     }
 
-    /// Exit counters, by vCPU.
-    pub(crate) fn all_counters(&self) -> impl Iterator<Item = &ExitCounters> {
-        self.members.iter().map(|member| &*member.counters)
+    /// Exits so far, summed over the vCPUs.
+    pub(crate) fn exits(&self) -> ExitCounts {
+        let mut sums = ExitCounts::new();
+        for member in &self.members {
+            member.counters.add_to(&mut sums);
+        }
+        sums
     }
 
     fn counters(&self, index: usize) -> Arc<ExitCounters> {

@@ -20,8 +20,17 @@ fn a_guest_prints_and_resets_itself() {
     assert_eq!(machine.console_tail().unwrap(), "hello\n");
     let stats = machine.stats();
     assert_eq!(stats.exits["io"], 7);
-    let phases: Vec<_> = stats.phases.iter().map(|(name, _)| *name).collect();
-    assert_eq!(phases, ["memory mapped", "devices attached", "vm built", "kernel entered"]);
+    let phases: Vec<_> = stats.phases.iter().map(|phase| phase.name).collect();
+    let expected = [
+        "memory mapped",
+        "devices attached",
+        "vm built",
+        "kernel entered",
+    ];
+    assert_eq!(phases, expected);
+    assert_eq!(stats.phases[3].exits["io"], 0);
+    machine.mark_phase("over");
+    assert_eq!(machine.stats().phases[4].exits["io"], 7);
     assert!(stats.resident_bytes.unwrap() > 0);
 }
 

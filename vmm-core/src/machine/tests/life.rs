@@ -98,7 +98,7 @@ fn upper_layers_add_their_phases() {
     machine.mark_phase("agent ready");
     machine.mark_phase("agent ready");
     let phases = machine.stats().phases;
-    let names: Vec<_> = phases.iter().map(|(name, _)| *name).collect();
+    let names: Vec<_> = phases.iter().map(|phase| phase.name).collect();
     let expected = [
         "memory mapped",
         "devices attached",
@@ -106,7 +106,7 @@ fn upper_layers_add_their_phases() {
         "agent ready",
     ];
     assert_eq!(names, expected);
-    assert!(phases.is_sorted_by_key(|(_, reached)| *reached));
+    assert!(phases.is_sorted_by_key(|phase| phase.since));
 }
 
 #[test]
