@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use devices::virtio::fs::{CachePolicy, Fs, FsConfig};
 use devices::virtio::vsock::VsockConfig;
 use tracing::warn;
-use vmm_core::config::ConsoleLog;
+use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
 use vmm_core::vm::{Vm, VmError};
 use vmm_core::{
@@ -19,7 +19,9 @@ use vmm_core::{
 
 use super::{MachineRequest, SandboxBackend};
 use crate::causes::with_causes;
-use crate::config::{self, Config, FsCache, GuestFiles, MissingGuestFile, TemplateMode};
+use crate::config::{
+    self, Config, DeviceDiscovery, FsCache, GuestFiles, MissingGuestFile, TemplateMode,
+};
 use crate::template::{
     BuildTemplateError, TemplateKey, TemplateMachine, TemplateManager, TemplateParts, TemplateStore,
 };
@@ -120,8 +122,7 @@ impl VmmBackend {
         let settings = &config.templates;
         let folder = settings.folder().map_err(|e| with_causes(&e))?;
         let store = TemplateStore::open(&folder).map_err(|e| with_causes(&e))?;
-        let parts = TemplateParts::new(host, guest, &config.vm.kernel_params)
-            .map_err(|e| with_causes(&e))?;
+        let parts = TemplateParts::new(host, guest, &config.vm).map_err(|e| with_causes(&e))?;
         let manager = TemplateManager::new(
             host.clone(),
             store,
@@ -148,11 +149,7 @@ impl VmmBackend {
             return Err("templates are switched off".to_owned());
         };
         let key = templates.parts.key(vcpus, memory_bytes, DEVICES);
-        let mut machine = MachineConfig::new("template", &self.guest.kernel);
-        machine.vcpus = vcpus;
-        machine.memory_bytes = memory_bytes;
-        machine.initramfs = Some(self.guest.initramfs.clone());
-        machine.cmdline.clone_from(&self.vm.kernel_params);
+        let mut machine = self.guest_config("template", vcpus, memory_bytes);
         let (fs, limit) = (self.fs.clone(), self.boot_limit);
         let make = move |share: &Path| {
             machine.devices =
@@ -179,12 +176,24 @@ impl VmmBackend {
         devices(&self.fs, &request.share, socket)
     }
 
-    fn machine_config(&self, request: &MachineRequest) -> Result<MachineConfig, VmError> {
-        let mut machine = MachineConfig::new(machine_name(&request.pod), &self.guest.kernel);
-        machine.vcpus = request.vcpus;
-        machine.memory_bytes = request.memory_bytes;
+    /// What a template and the machines that boot have in common.
+    fn guest_config(&self, name: &str, vcpus: u32, memory_bytes: u64) -> MachineConfig {
+        let mut machine = MachineConfig::new(name, &self.guest.kernel);
+        machine.vcpus = vcpus;
+        machine.memory_bytes = memory_bytes;
         machine.initramfs = Some(self.guest.initramfs.clone());
         machine.cmdline.clone_from(&self.vm.kernel_params);
+        machine.discovery = match self.vm.discovery {
+            DeviceDiscovery::Auto => Discovery::Auto,
+            DeviceDiscovery::Acpi => Discovery::Acpi,
+            DeviceDiscovery::CommandLine => Discovery::CommandLine,
+        };
+        machine
+    }
+
+    fn machine_config(&self, request: &MachineRequest) -> Result<MachineConfig, VmError> {
+        let name = machine_name(&request.pod);
+        let mut machine = self.guest_config(&name, request.vcpus, request.memory_bytes);
         machine.console = self.console(request);
         machine.devices = self.devices(request)?;
         Ok(machine)

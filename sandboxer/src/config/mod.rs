@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::MIN_MEMORY;
-pub use vm::{Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
+pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
 
 /// Where the daemon looks when no `--config` is given; the file may be absent.
 pub const DEFAULT_PATH: &str = "/var/lib/kuasar/config.toml";
@@ -247,7 +247,7 @@ mod tests {
     fn keys_change_what_they_name() {
         let config = parse(
             "[sandbox]\nlog_level = 'debug'\nmode = 'in-process'\n\
-             [vm]\nvcpus = 3\nmemory = '1GiB'\nkernel_params = 'quiet'\n\
+             [vm]\nvcpus = 3\nmemory = '1GiB'\nkernel_params = 'quiet'\ndiscovery = 'command-line'\n\
              [timeouts]\nboot = '7s'\nslow_host_factor = 3",
         )
         .unwrap();
@@ -255,6 +255,7 @@ mod tests {
         assert_eq!(config.vm.vcpus, 3);
         assert_eq!(config.vm.memory.as_u64(), 1 << 30);
         assert_eq!(config.vm.kernel_params, "quiet");
+        assert_eq!(config.vm.discovery, DeviceDiscovery::CommandLine);
         assert_eq!(config.timeouts.boot, Duration::from_secs(7));
         assert_eq!(
             config.timeouts.for_slow_host().boot,

@@ -35,6 +35,9 @@ pub struct Vm {
     pub initramfs: Option<PathBuf>,
     /// Appended to the kernel command line.
     pub kernel_params: String,
+    /// How the guest learns which devices there are: `auto` (ACPI, but the command line where
+    /// the host emulates guest ring 0 and ACPI costs seconds), `acpi`, `command-line`.
+    pub discovery: DeviceDiscovery,
     /// How much of the guest's console is kept, the newest part.
     pub serial_log_bytes: ByteSize,
     /// Whether the guest's ports are also reachable through `<dir>/<pod>/vsock.sock` by
@@ -51,6 +54,7 @@ impl Default for Vm {
             kernel: None,
             initramfs: None,
             kernel_params: String::new(),
+            discovery: DeviceDiscovery::Auto,
             serial_log_bytes: ByteSize::kib(256),
             vsock_uds: true,
         }
@@ -155,6 +159,19 @@ fn check_file(what: &'static str, path: &Path) -> Result<(), MissingGuestFile> {
         path: path.to_owned(),
         reason,
     })
+}
+
+/// How a guest learns which devices there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceDiscovery {
+    /// Whichever suits the host.
+    #[default]
+    Auto,
+    /// ACPI tables: what stock distribution kernels understand.
+    Acpi,
+    /// Kernel parameters and an MP table.
+    CommandLine,
 }
 
 /// `[fs]`: the virtio-fs share of each pod.

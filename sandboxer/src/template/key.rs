@@ -7,7 +7,7 @@ use std::path::Path;
 
 use vmm_core::Host;
 
-use crate::config::GuestFiles;
+use crate::config::{self, GuestFiles};
 
 /// Digest of everything that a clone takes over from its template.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,11 +46,12 @@ impl TemplateParts {
     ///
     /// # Errors
     /// A file of the guest cannot be read.
-    pub fn new(host: &Host, guest: &GuestFiles, kernel_params: &str) -> io::Result<Self> {
+    pub fn new(host: &Host, guest: &GuestFiles, vm: &config::Vm) -> io::Result<Self> {
         let mut hasher = blake3::Hasher::new();
         let fingerprint = host.fingerprint().map_err(io::Error::other)?;
         add(&mut hasher, fingerprint.as_bytes());
-        add(&mut hasher, kernel_params.as_bytes());
+        add(&mut hasher, vm.kernel_params.as_bytes());
+        add(&mut hasher, format!("{:?}", vm.discovery).as_bytes());
         for file in [&guest.kernel, &guest.initramfs] {
             add(&mut hasher, digest_file(file)?.as_bytes());
         }

@@ -30,11 +30,20 @@ impl World {
     /// When it cannot be started.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_config("")
+    }
+
+    /// Starts a daemon with `config` as its TOML file.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn with_config(config: &str) -> Self {
         let scratch = tempfile::Builder::new().prefix("kuasar-world-").tempdir();
         #[allow(clippy::expect_used, reason = "a test helper reports by panicking")]
         let scratch = scratch.expect("temporary folder");
         let rootfs = harness::rootfs::busybox(scratch.path());
-        let daemon = Daemon::start("");
+        let daemon = Daemon::start(config);
         let ctl = Ctl::new(&daemon);
         let before = Held::by(&daemon);
         Self {
