@@ -7,6 +7,7 @@ SHELL := /bin/bash
 CARGO   ?= cargo
 # cargo's name for the profile of the daemon and the CLI in `make run` and benchmarks.
 PROFILE ?= release
+PREFIX  ?= /usr/local
 ARCH    := x86_64-unknown-linux-gnu
 
 BIN     := target/$(PROFILE)
@@ -65,6 +66,10 @@ lint: ## Format, clippy, dependency rules
 bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes target/bench/boot.json
 	$(STEP) "build the VMM's example" -- $(CARGO) build --release -p vmm-core --example boot
 	$(STEP) "boot benchmark" -- $(CARGO) run --release -p bench --bin bench-boot
+
+.PHONY: install
+install: setup build guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual
+	$(STEP) "install" -- env DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install $(BIN)
 
 .PHONY: clean
 clean: ## Remove build output (the guest cache stays; `kuasar-ctl guest info` says where)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
-use guest_image::{Cache, GuestImage};
+use guest_image::{Cache, GuestError, GuestImage};
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
@@ -17,6 +17,9 @@ pub(crate) const KERNEL_VAR: &str = "KUASAR_KERNEL";
 /// Environment variable that overrides `vm.initramfs`.
 pub(crate) const INITRAMFS_VAR: &str = "KUASAR_INITRAMFS";
 
+/// Where `make install` puts the guest, beside the configuration file.
+const INSTALLED: &str = "/var/lib/kuasar";
+
 /// `[vm]`: the virtual machine of each pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -27,11 +30,11 @@ pub struct Vm {
     pub memory: ByteSize,
     /// Added to the memory limit of a pod that has one, for the guest's kernel and agent.
     pub memory_overhead: ByteSize,
-    /// The guest kernel, an ELF `vmlinux` or a bzImage. Unset: `KUASAR_KERNEL`, else the
-    /// newest one built by `kuasar-ctl guest build`.
+    /// The guest kernel, an ELF `vmlinux` or a bzImage. `KUASAR_KERNEL` overrides
+    /// it. Neither: the newest one built by `kuasar-ctl guest build`, else the installed one.
     pub kernel: Option<PathBuf>,
-    /// The guest's initramfs with the agent as `/init`. Unset: `KUASAR_INITRAMFS`, else the
-    /// newest one built by `kuasar-ctl guest build`.
+    /// The guest's initramfs with the agent as `/init`. `KUASAR_INITRAMFS` overrides
+    /// it. Neither: the newest one built, else the installed one.
     pub initramfs: Option<PathBuf>,
     /// Appended to the kernel command line.
     pub kernel_params: String,
@@ -85,8 +88,8 @@ impl Vm {
         Ok(())
     }
 
-    /// The kernel and initramfs to boot, from the keys, the environment or the cache of
-    /// built guest images.
+    /// The kernel and initramfs to boot, from the environment, the keys, the cache of built
+    /// guest images, or where `make install` puts them.
     ///
     /// # Errors
     /// Nothing is configured and nothing was built, or a file is missing. The message says
@@ -97,10 +100,10 @@ impl Vm {
         let (kernel, initramfs) = match (kernel, initramfs) {
             (Some(kernel), Some(initramfs)) => (kernel, initramfs),
             (kernel, initramfs) => {
-                let built = Cache::locate().and_then(|cache| GuestImage::current(&cache))?;
+                let found = built_or_installed(Path::new(INSTALLED))?;
                 (
-                    kernel.unwrap_or(built.kernel),
-                    initramfs.unwrap_or(built.initramfs),
+                    kernel.unwrap_or(found.kernel),
+                    initramfs.unwrap_or(found.initramfs),
                 )
             }
         };
@@ -138,6 +141,27 @@ pub enum MissingGuestFile {
         /// Why.
         reason: String,
     },
+}
+
+/// The image that was built last on this machine, else the one in `folder`.
+fn built_or_installed(folder: &Path) -> Result<GuestFiles, GuestError> {
+    match Cache::locate().and_then(|cache| GuestImage::current(&cache)) {
+        Ok(image) => Ok(GuestFiles {
+            kernel: image.kernel,
+            initramfs: image.initramfs,
+        }),
+        Err(e @ (GuestError::NotBuilt(_) | GuestError::NoCacheDir)) => installed(folder).ok_or(e),
+        Err(e) => Err(e),
+    }
+}
+
+/// The guest in `folder`, if one is there.
+fn installed(folder: &Path) -> Option<GuestFiles> {
+    let files = GuestFiles {
+        kernel: folder.join("vmlinux"),
+        initramfs: folder.join("initramfs.cpio"),
+    };
+    (files.kernel.is_file() && files.initramfs.is_file()).then_some(files)
 }
 
 /// What the environment or the configuration names; the environment wins.
@@ -219,4 +243,20 @@ pub enum FsCache {
     Auto,
     /// For ever.
     Always,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_installed_guest_has_both_files() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("vmlinux"), "").unwrap();
+        assert_eq!(installed(dir.path()), None);
+        std::fs::write(dir.path().join("initramfs.cpio"), "").unwrap();
+        let files = installed(dir.path()).unwrap();
+        assert!(files.kernel.ends_with("vmlinux"));
+        assert!(files.initramfs.ends_with("initramfs.cpio"));
+    }
 }
