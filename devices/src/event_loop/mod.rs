@@ -40,7 +40,7 @@ enum Command {
     Add {
         id: HandlerId,
         handler: Box<dyn EventHandler>,
-        /// `None` when the loop's own thread asks: it cannot wait for itself.
+        /// `None` when nobody waits; the loop's own thread cannot wait for itself.
         reply: Option<Sender<io::Result<()>>>,
     },
     Remove {
@@ -195,15 +195,10 @@ impl LoopRunner {
 
 impl Runner for LoopRunner {
     fn add(&self, handler: Box<dyn EventHandler>) -> io::Result<HandlerId> {
-        let id = HandlerId(self.id());
         if self.on_loop_thread() {
-            self.send(Command::Add {
-                id,
-                handler,
-                reply: None,
-            })?;
-            return Ok(id);
+            return self.post(handler);
         }
+        let id = HandlerId(self.id());
         let (reply, started) = mpsc::channel();
         self.send(Command::Add {
             id,
@@ -213,6 +208,16 @@ impl Runner for LoopRunner {
         started
             .recv()
             .map_err(|_| io::Error::other("the event loop has ended"))??;
+        Ok(id)
+    }
+
+    fn post(&self, handler: Box<dyn EventHandler>) -> io::Result<HandlerId> {
+        let id = HandlerId(self.id());
+        self.send(Command::Add {
+            id,
+            handler,
+            reply: None,
+        })?;
         Ok(id)
     }
 

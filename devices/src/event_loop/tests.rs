@@ -167,3 +167,32 @@ fn a_handler_can_remove_itself() {
         .unwrap();
     ask(&ours).unwrap_err();
 }
+
+/// Cannot be started.
+struct Stillborn;
+
+impl EventHandler for Stillborn {
+    fn start(&mut self, _: &mut dyn Loop) -> io::Result<()> {
+        Err(io::Error::other("as the test wants"))
+    }
+
+    fn ready(&mut self, _: &mut dyn Loop, _: u64, _: Ready) {}
+}
+
+#[test]
+fn a_posted_handler_that_does_not_start_is_reported() {
+    let runner = TestRunner::start();
+    runner
+        .runner()
+        .add(Box::new(Stillborn))
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(runner.failures(), Vec::<String>::new());
+    let id = runner.runner().post(Box::new(Stillborn)).unwrap();
+    // After the loop has seen it.
+    runner.runner().remove(id);
+    assert_eq!(
+        runner.failures(),
+        ["cannot start a handler: as the test wants"]
+    );
+}

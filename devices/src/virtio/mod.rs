@@ -128,6 +128,15 @@ pub trait Runner: Send + Sync + fmt::Debug {
     /// When the loop has ended or an fd cannot be watched.
     fn add(&self, handler: Box<dyn EventHandler>) -> std::io::Result<HandlerId>;
 
+    /// As [`Runner::add`], but does not wait for the handler to start, which takes the
+    /// loop's thread some time. One that cannot start fails the VM.
+    ///
+    /// # Errors
+    /// When the loop has ended.
+    fn post(&self, handler: Box<dyn EventHandler>) -> std::io::Result<HandlerId> {
+        self.add(handler)
+    }
+
     /// Takes a handler off the loop and drops it; returns after it no longer runs.
     /// Unknown ids are ignored.
     fn remove(&self, id: HandlerId);

@@ -7,6 +7,7 @@
 mod interrupt;
 mod queue;
 mod registers;
+mod runner;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ pub use self::interrupt::IrqLine;
 use self::interrupt::MmioInterrupt;
 use self::queue::{Position, QueueError, QueueRegisters, set_high, set_low};
 use self::registers::{self as reg, status};
+use self::runner::Posting;
 pub use self::state::MmioState;
 use crate::bus::BusDevice;
 use crate::virtio::{
@@ -271,7 +273,11 @@ impl MmioTransport {
             queues,
             interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
             features,
-            runner: Arc::clone(&self.runner),
+            runner: match position {
+                Position::Start => Arc::clone(&self.runner),
+                // A clone should not wait for each of its devices in turn.
+                Position::Used => Arc::new(Posting(Arc::clone(&self.runner))),
+            },
         };
         Ok(state.device.activate(activation)?)
     }
