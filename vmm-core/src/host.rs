@@ -125,9 +125,16 @@ impl Host {
                 hasher.update(&value.to_le_bytes());
             }
         }
+        // Emulated kernels read the host's own time stamp counter, with no offset that
+        // could hide its restart.
+        let boot = if self.emulated_ring0() {
+            fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        } else {
+            String::new()
+        };
         let kernel = nix::sys::utsname::uname()?;
         Ok(format!(
-            "{} on Linux {} {}, CPU {}",
+            "{} on Linux {} {} {boot}, CPU {}",
             env!("VMM_CORE_BUILD"),
             kernel.release().to_string_lossy(),
             kernel.version().to_string_lossy(),
@@ -148,14 +155,14 @@ impl Host {
     /// The emulator lacks the XSAVE family, POPCNT, CMPXCHG16B and SMAP's instructions.
     /// Without ERMS and FSRM the kernel copies by 8-byte string moves, which the emulator
     /// does about three times faster. The timer check, the mitigations, high-resolution
-    /// ticks, write-protecting the kernel, sysfs entries of slabs and of built-in modules
+    /// ticks, write-protecting the kernel, checks of copies from and to user space, sysfs entries of slabs and of built-in modules
     /// and every line on the console only cost time there.
     #[must_use]
     pub fn kernel_parameters(&self) -> &'static [&'static str] {
         if self.emulated_ring0() {
             &[
                 "soft_ring0",
-                "tick_stride=5",
+                "tick_stride=20",
                 "noxsave",
                 "clearcpuid=popcnt,cx16,smap,smep,erms,fsrm",
                 "mitigations=off",
@@ -163,6 +170,7 @@ impl Host {
                 "highres=off",
                 "pci=off",
                 "rodata=off",
+                "hardened_usercopy=off",
                 "noreplace-smp",
                 "rootfstype=ramfs",
                 "initcall_blacklist=slab_sysfs_init,param_sysfs_builtin_init",

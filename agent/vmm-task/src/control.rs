@@ -14,8 +14,6 @@ use tracing::{debug, info};
 use crate::fd::Fd;
 use crate::net::Endpoint;
 
-/// A connection attempt.
-const DIAL_DEADLINE: Duration = Duration::from_secs(5);
 /// Pause after the first failed attempt; it doubles up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
@@ -114,13 +112,13 @@ pub fn connections(
     })
 }
 
-/// Dials until the host answers. Nothing announces that it listens again, so this is the one
+/// Dials until the host answers. An attempt has no deadline: the host answers or refuses at
+/// once, unless it holds the attempt on purpose. After a refusal, nothing announces that it listens again, so this is the one
 /// place that retries by the clock, ever more slowly.
 async fn dial(host: &Endpoint) -> Fd {
     let mut pause = FIRST_PAUSE;
     loop {
-        let attempt = tokio::time::timeout(DIAL_DEADLINE, host.connect()).await;
-        match attempt.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        match host.connect().await {
             Ok(fd) => return fd,
             Err(e) => debug!("dialling the host: {e}"),
         }

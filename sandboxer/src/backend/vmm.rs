@@ -13,9 +13,7 @@ use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
 use vmm_core::vm::{Vm, VmError};
-use vmm_core::{
-    BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot,
-};
+use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
 
 use super::{MachineRequest, SandboxBackend};
 use crate::causes::with_causes;

@@ -20,7 +20,9 @@ impl TemplateKey {
     /// A key as it was printed.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let digits = text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        let digits = text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         (digits && text.len() == Self::LEN).then(|| Self(text.to_owned()))
     }
 

@@ -10,9 +10,9 @@ use futures::future::{BoxFuture, Shared};
 use tracing::{info, warn};
 use vmm_core::{Host, Snapshot, VmShell};
 
+use super::TemplateKey;
 use super::build::{BuildTemplateError, TemplateMachine, blocking, io_error};
 use super::store::{TemplateInfo, TemplateStore};
-use super::TemplateKey;
 use crate::causes::with_causes;
 use crate::config::GuestFiles;
 
@@ -184,12 +184,8 @@ impl TemplateManager {
                 .map_or(0, |since| since.as_secs()),
             build_ms,
         };
-        let (store, stored, key, keep) = (
-            self.store.clone(),
-            snapshot.clone(),
-            key.clone(),
-            self.keep,
-        );
+        let (store, stored, key, keep) =
+            (self.store.clone(), snapshot.clone(), key.clone(), self.keep);
         let written = blocking("storing a template", move || {
             store.finish(unfinished, &key, &stored, &info)?;
             store.evict(keep, &key)
@@ -197,7 +193,10 @@ impl TemplateManager {
         .await?;
         if let Err(err) = written {
             // This daemon has it in memory.
-            warn!("the template is not kept for the next daemon: {}", with_causes(&err));
+            warn!(
+                "the template is not kept for the next daemon: {}",
+                with_causes(&err)
+            );
         }
         Ok(snapshot)
     }

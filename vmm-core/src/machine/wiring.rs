@@ -87,7 +87,11 @@ pub(super) fn legacy(
         pio.insert(port..port.saturating_add(ports), device)
             .map_err(io::Error::other)
     };
-    add(SerialPort::COM1, SerialPort::PORTS, Arc::clone(&serial) as _)?;
+    add(
+        SerialPort::COM1,
+        SerialPort::PORTS,
+        Arc::clone(&serial) as _,
+    )?;
     add(
         I8042::PORT,
         I8042::PORTS,

@@ -224,7 +224,10 @@ pub(super) fn next_data(file: &File, from: u64) -> io::Result<u64> {
 pub(super) fn is_zero(chunk: &[u8]) -> bool {
     // Compares memory with itself, one step on: as fast as memcmp.
     chunk.first().is_none_or(|&first| first == 0)
-        && chunk.get(1..).unwrap_or_default() == chunk.get(..chunk.len().saturating_sub(1)).unwrap_or_default()
+        && chunk.get(1..).unwrap_or_default()
+            == chunk
+                .get(..chunk.len().saturating_sub(1))
+                .unwrap_or_default()
 }
 
 fn invalid(what: String) -> io::Error {

@@ -29,7 +29,9 @@ pub(super) fn for_each_page(
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut entries = vec![0; PAGES.saturating_mul(ENTRY_BYTES)];
     for region in memory.iter() {
-        let first = (region.as_ptr().addr() as u64).checked_div(PAGE_BYTES).unwrap_or(0);
+        let first = (region.as_ptr().addr() as u64)
+            .checked_div(PAGE_BYTES)
+            .unwrap_or(0);
         let pages = region.len().checked_div(PAGE_BYTES).unwrap_or(0);
         let mut done = 0;
         while done < pages {
@@ -39,7 +41,9 @@ pub(super) fn for_each_page(
             let Some(window) = entries.get_mut(..count.saturating_mul(ENTRY_BYTES)) else {
                 break;
             };
-            let position = first.saturating_add(done).saturating_mul(ENTRY_BYTES as u64);
+            let position = first
+                .saturating_add(done)
+                .saturating_mul(ENTRY_BYTES as u64);
             pagemap.read_exact_at(window, position)?;
             for (page, entry) in (done..).zip(window.as_chunks::<ENTRY_BYTES>().0) {
                 let entry = u64::from_ne_bytes(*entry);

@@ -54,7 +54,9 @@ fn parse(bytes: &[u8]) -> io::Result<Stored> {
     if digest.len() < DIGEST_BYTES {
         return Err(truncated());
     }
-    let signed = bytes.get(..HEADER_BYTES.saturating_add(len)).unwrap_or_default();
+    let signed = bytes
+        .get(..HEADER_BYTES.saturating_add(len))
+        .unwrap_or_default();
     if digest != blake3::hash(signed).as_bytes() {
         return Err(invalid("the content does not have its digest"));
     }

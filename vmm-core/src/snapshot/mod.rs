@@ -110,8 +110,7 @@ impl Snapshot {
         let path = dir.join(MEMORY);
         let file = File::open(&path).map_err(failed(&path))?;
         let bytes = stored.machine.memory_bytes;
-        let memory =
-            MemoryImage::read_from(&file, bytes, stored.memory).map_err(failed(&path))?;
+        let memory = MemoryImage::read_from(&file, bytes, stored.memory).map_err(failed(&path))?;
         Ok(Self::new(stored.machine, memory))
     }
 }

@@ -162,6 +162,29 @@ pub fn interface_up(name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets connects of a vsock socket wait for their answer as long as the kernel allows:
+/// 30 years instead of two seconds.
+pub fn connect_without_deadline(socket: &impl AsFd) -> io::Result<()> {
+    // linux/vm_sockets.h
+    const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+    let limit = libc::timeval {
+        tv_sec: 30 * 365 * 86_400,
+        tv_usec: 0,
+    };
+    let len = libc::socklen_t::try_from(size_of_val(&limit)).unwrap_or(0);
+    // SAFETY: the kernel reads one timeval of this length, which outlives the call.
+    Errno::result(unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const limit).cast(),
+            len,
+        )
+    })?;
+    Ok(())
+}
+
 /// Mixes `bytes` into the kernel's entropy pool, credits them and reseeds the generator.
 pub fn add_entropy(random: &impl AsFd, bytes: &[u8]) -> io::Result<()> {
     // `struct rand_pool_info` of linux/random.h with its flexible array at full length.

@@ -223,9 +223,19 @@ fn damaged_and_foreign_files_are_refused() {
         assert!(text.contains(what), "{text}");
     };
     refused(b"", "not the state of a VM");
-    refused(b"\x7fELF and so on, for more than a header", "not the state of a VM");
+    refused(
+        b"\x7fELF and so on, for more than a header",
+        "not the state of a VM",
+    );
     for len in [7, 8, 11, 12, 19, 20, 21, good.len() / 2, good.len() - 1] {
-        refused(&good[..len], if len < 8 { "not the state" } else { "cut short" });
+        refused(
+            &good[..len],
+            if len < 8 {
+                "not the state"
+            } else {
+                "cut short"
+            },
+        );
     }
     for at in [20, 100, good.len() / 2, good.len() - 33, good.len() - 1] {
         let mut flipped = good.clone();
