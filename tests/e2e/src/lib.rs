@@ -33,7 +33,8 @@ impl World {
         Self::with_config("")
     }
 
-    /// Starts a daemon with `config` as its TOML file.
+    /// Starts a daemon with `config` as its TOML file. Unless that says otherwise no VMs are
+    /// made ahead of time: what the daemon holds would depend on when one looks.
     ///
     /// # Panics
     /// When it cannot be started.
@@ -43,7 +44,11 @@ impl World {
         #[allow(clippy::expect_used, reason = "a test helper reports by panicking")]
         let scratch = scratch.expect("temporary folder");
         let rootfs = harness::rootfs::busybox(scratch.path());
-        let daemon = Daemon::start(config);
+        let mut config = config.to_owned();
+        if !config.contains("[templates]") {
+            config.push_str("\n[templates]\nwarm = 0\n");
+        }
+        let daemon = Daemon::start(&config);
         let ctl = Ctl::new(&daemon);
         let before = Held::by(&daemon);
         Self {

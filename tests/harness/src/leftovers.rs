@@ -39,9 +39,13 @@ impl Held {
             ..Self::default()
         };
         for fd in list(&format!("{proc_dir}/fd")) {
-            held.fds += 1;
             let target = fs::read_link(format!("{proc_dir}/fd/{fd}")).unwrap_or_default();
             let target = target.to_string_lossy().into_owned();
+            // The daemon's own, kept for the pods to come.
+            if target.contains("memfd:template") {
+                continue;
+            }
+            held.fds += 1;
             if target.contains("kvm-v") || target.contains("memfd:") {
                 held.vm_fds.push(target);
             }

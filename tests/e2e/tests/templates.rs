@@ -1,0 +1,218 @@
+//! Pods as clones of a template.
+#![allow(
+    clippy::expect_used,
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    reason = "the whole file is a test"
+)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use e2e::World;
+use harness::{eventually, kvm_missing, skip_if};
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+/// A guest boots slowly where its kernel is emulated.
+const SLOW: Duration = Duration::from_secs(300);
+
+/// What must be different in every pod, a line each, then the clock.
+const IDENTITY: &str = "hostname; cat /proc/sys/kernel/random/boot_id; \
+                        head -c 16 /dev/urandom | od -An -tx1; \
+                        cat /proc/sys/kernel/random/uuid; date +%s";
+
+/// Names of the phases of a pod's start.
+fn phases(world: &World, pod: &str) -> Vec<String> {
+    let shown = world.ctl.run(["inspect", "--json", pod]);
+    let shown: Value = serde_json::from_str(&shown.expect_code(0).stdout).unwrap();
+    let phases = shown.pointer("/status/vm/phases").unwrap();
+    let names = phases.as_array().unwrap().iter();
+    names
+        .map(|phase| phase["name"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+fn detached(world: &World, name: &str) {
+    let rootfs = world.rootfs.to_str().unwrap();
+    #[rustfmt::skip]
+    let run = world.ctl.run([
+        "run", "--detach", "--name", name, "--rootfs", rootfs, "--", "/bin/sleep", "100000",
+    ]);
+    run.expect_code(0);
+}
+
+#[test]
+fn every_clone_is_someone_else() {
+    skip_if!(kvm_missing());
+    let world = World::new();
+    let mut seen = BTreeSet::new();
+    for name in ["first", "second"] {
+        detached(&world, name);
+        let cloned = phases(&world, name);
+        assert!(cloned.iter().any(|p| p == "state restored"), "{cloned:?}");
+        let id = world
+            .ctl
+            .run(["exec", name, "--", "/bin/sh", "-c", IDENTITY]);
+        let text = id.expect_code(0).stdout.clone();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 5, "{text}");
+        for line in &lines[..4] {
+            assert!(seen.insert((*line).to_owned()), "{line} twice: {seen:?}");
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let guest: u64 = lines[4].parse().unwrap();
+        let apart = now.as_secs().abs_diff(guest);
+        assert!(apart < 60, "the guest's clock is {apart} s off");
+    }
+    // One of them ends; the other does not notice.
+    world.ctl.run(["rm", "--force", "first"]).expect_code(0);
+    let alive = world
+        .ctl
+        .run(["exec", "second", "--", "/bin/echo", "alive"]);
+    assert_eq!(alive.expect_code(0).stdout, "alive\n");
+    world.ctl.run(["rm", "--force", "second"]).expect_code(0);
+    world.assert_nothing_left();
+}
+
+/// A template that cannot be kept is still used, by pods of this daemon.
+#[test]
+fn a_full_disk_costs_the_next_daemon_a_boot_and_nobody_else_anything() {
+    skip_if!(kvm_missing());
+    let disk = tempfile::tempdir().unwrap();
+    let size = Some("size=1m");
+    let flags = MsFlags::empty();
+    if let Err(err) = mount(Some("tmpfs"), disk.path(), Some("tmpfs"), flags, size) {
+        eprintln!("skipped: cannot mount a small file system: {err}");
+        return;
+    }
+    let _unmount = Unmount(disk.path());
+    let world = World::with_config(&format!(
+        "[templates]\nwarm = 0\ndir = {:?}\n",
+        disk.path().to_str().unwrap()
+    ));
+    detached(&world, "builder");
+    let log = world.daemon.log();
+    assert!(
+        log.contains("not kept for the next daemon"),
+        "the log says so: {log}"
+    );
+    detached(&world, "clone");
+    let cloned = phases(&world, "clone");
+    assert!(cloned.iter().any(|p| p == "state restored"), "{cloned:?}");
+    assert_eq!(
+        fs::read_dir(disk.path()).unwrap().count(),
+        0,
+        "half a template"
+    );
+    for name in ["builder", "clone"] {
+        let alive = world.ctl.run(["exec", name, "--", "/bin/echo", "alive"]);
+        assert_eq!(alive.expect_code(0).stdout, "alive\n");
+        world.ctl.run(["rm", "--force", name]).expect_code(0);
+    }
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_daemon_killed_while_it_builds_leaves_nothing_to_the_next() {
+    skip_if!(kvm_missing());
+    let templates = tempfile::tempdir().unwrap();
+    let config = format!(
+        "[templates]\nwarm = 1\ndir = {:?}\n",
+        templates.path().to_str().unwrap()
+    );
+    let doomed = World::with_config(&config);
+    let rootfs = doomed.rootfs.to_str().unwrap();
+    let mut client = doomed
+        .ctl
+        .spawn(["run", "--rootfs", rootfs, "--", "/bin/true"]);
+    let building = || fs::read_dir(templates.path()).unwrap().flatten().next();
+    eventually("the build", SLOW, || building());
+    kill(
+        Pid::from_raw(doomed.daemon.pid().cast_signed()),
+        Signal::SIGKILL,
+    )
+    .unwrap();
+    let status = eventually("the client's end", SLOW, || client.try_wait().unwrap());
+    assert!(!status.success());
+    let left = building().unwrap().file_name();
+    let left = left.to_str().unwrap();
+    assert!(left.starts_with(".building-"), "{left}");
+    drop(doomed);
+
+    let next = World::with_config(&config);
+    assert!(building().is_none(), "{:?}", building());
+    drop(next);
+}
+
+#[test]
+fn templates_are_listed_verified_and_removed() {
+    skip_if!(kvm_missing());
+    let world = World::new();
+    // One that exists: the tests before this one cloned it, or it is built now.
+    let built = world.ctl.run(["template", "build", "--json"]);
+    let built: Value = serde_json::from_str(&built.expect_code(0).stdout).unwrap();
+    let key = built["key"].as_str().unwrap().to_owned();
+    assert!(built["disk_bytes"].as_u64().unwrap() > 1 << 20, "{built}");
+    let folder = guest_image::Cache::locate()
+        .unwrap()
+        .root()
+        .join("templates");
+
+    // A copy of it, to be damaged.
+    let copies = tempfile::tempdir().unwrap();
+    let copy = copies.path().join(&key);
+    fs::create_dir(&copy).unwrap();
+    for file in fs::read_dir(folder.join(&key)).unwrap().flatten() {
+        fs::copy(file.path(), copy.join(file.file_name())).unwrap();
+    }
+    let config = world.scratch().join("copies.toml");
+    let text = format!("[templates]\ndir = {:?}\n", copies.path().to_str().unwrap());
+    fs::write(&config, text).unwrap();
+    let template = |args: &[&str]| {
+        let config = config.to_str().unwrap();
+        let args = ["template", "--config", config]
+            .into_iter()
+            .chain(args.iter().copied());
+        world.ctl.run(args)
+    };
+    let listed = template(&["ls"]);
+    assert!(listed.expect_code(0).stdout.contains(&key), "{listed:?}");
+    template(&["verify"]).expect_code(0);
+    damage(&copy.join("memory"));
+    let bad = template(&["verify", "--json"]);
+    let bad: Value = serde_json::from_str(&bad.expect_code(1).stdout).unwrap();
+    assert_eq!(bad[0]["ok"], false);
+    assert!(
+        bad[0]["error"].as_str().unwrap().contains("digest"),
+        "{bad}"
+    );
+    template(&["rm", "no-such-key"]).expect_code(125);
+    template(&["rm", &key[..8]]).expect_code(0);
+    assert_eq!(fs::read_dir(copies.path()).unwrap().count(), 0);
+}
+
+/// Flips a bit in the middle of the file's data.
+fn damage(path: &Path) {
+    use std::os::unix::fs::FileExt;
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 16 << 20).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 16 << 20).unwrap();
+}
+
+struct Unmount<'a>(&'a Path);
+
+impl Drop for Unmount<'_> {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
