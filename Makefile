@@ -71,6 +71,11 @@ bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes 
 install: setup build guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual
 	$(STEP) "install" -- env DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install $(BIN)
 
+.PHONY: bench-template
+bench-template: build guest ## Clones of a template beside boots and QEMU's restore; writes target/bench/template.json
+	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86
+	$(STEP) "template benchmark" -- $(CARGO) run --release -p bench --bin bench-template
+
 .PHONY: clean
 clean: ## Remove build output (the guest cache stays; `kuasar-ctl guest info` says where)
 	$(CARGO) clean

@@ -8,6 +8,7 @@
 
 pub mod memory;
 pub mod peer;
+pub mod qemu_restore;
 pub mod report;
 
 use std::time::Duration;
