@@ -154,9 +154,11 @@ impl Host {
     /// be rarer, each of which costs milliseconds.
     /// The emulator lacks the XSAVE family, POPCNT, CMPXCHG16B and SMAP's instructions.
     /// Without ERMS and FSRM the kernel copies by 8-byte string moves, which the emulator
-    /// does about three times faster. The timer check, the mitigations, high-resolution
-    /// ticks, write-protecting the kernel, checks of copies from and to user space, sysfs entries of slabs and of built-in modules
-    /// and every line on the console only cost time there.
+    /// does about three times faster. The KVM clock stands still while a machine is
+    /// saved, the time stamp counter does not there: every timer of a clone would expire at
+    /// once. The timer check, the mitigations, high-resolution ticks, write-protecting the
+    /// kernel, checks of copies from and to user space, sysfs entries of slabs and of
+    /// built-in modules and every line on the console only cost time there.
     #[must_use]
     pub fn kernel_parameters(&self) -> &'static [&'static str] {
         if self.emulated_ring0() {
@@ -167,6 +169,7 @@ impl Host {
                 "clearcpuid=popcnt,cx16,smap,smep,erms,fsrm",
                 "mitigations=off",
                 "no_timer_check",
+                "clocksource=kvm-clock",
                 "highres=off",
                 "pci=off",
                 "rodata=off",

@@ -106,6 +106,9 @@ fn start(nested: Option<Config>, init_at_us: u64) -> Result<(), Fatal> {
     };
     log::start(&config.params);
     config.params.warnings.iter().for_each(|w| warn!("{w}"));
+    if let Err(e) = sys::map_program() {
+        warn!("the program is not mapped ahead: {e}");
+    }
     init::prepare(config.guest);
     let reaper = Reaper::new().map_err(at("SIGCHLD"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()

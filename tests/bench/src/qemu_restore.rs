@@ -39,9 +39,21 @@ pub fn measure(config: &Config, emulated: bool, runs: usize) -> Result<Restored,
     let version = version.lines().next().unwrap_or_default().to_owned();
     let guest = config.vm.guest_files().map_err(|e| e.to_string())?;
     let mut args: Vec<String> = [
-        "-accel", "kvm", "-cpu", "host,-arch-capabilities", "-M",
-        "microvm,acpi=off,pit=on,pic=on,rtc=on", "-nodefaults", "-no-user-config", "-display",
-        "none", "-serial", "stdio", "-smp", "1", "-m",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host,-arch-capabilities",
+        "-M",
+        "microvm,acpi=off,pit=on,pic=on,rtc=on",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-smp",
+        "1",
+        "-m",
     ]
     .map(str::to_owned)
     .to_vec();
@@ -69,7 +81,10 @@ fn save(args: &[String], dir: &Path, to: &Path) -> Result<(), String> {
     let mut vmm = Qemu::start(args, dir, &[])?;
     vmm.wait_for_console(MARKER)?;
     vmm.qmp("stop", &Value::Null)?;
-    vmm.qmp("migrate", &json!({ "uri": format!("exec:cat > {}", to.display()) }))?;
+    vmm.qmp(
+        "migrate",
+        &json!({ "uri": format!("exec:cat > {}", to.display()) }),
+    )?;
     let end = Instant::now() + LIMIT;
     loop {
         let state = vmm.qmp("query-migrate", &Value::Null)?;

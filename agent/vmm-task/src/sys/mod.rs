@@ -8,11 +8,13 @@ pub use self::capabilities::{
     CapabilitySets, drop_bounding_capability, raise_ambient_capability, set_capabilities,
 };
 
-use std::ffi::CString;
+use std::ffi::{CString, c_void};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
 
 use nix::errno::Errno;
+use nix::sys::mman::{MmapAdvise, madvise};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -160,6 +162,41 @@ pub fn interface_up(name: &str) -> io::Result<()> {
         libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)
     })?;
     Ok(())
+}
+
+/// Maps every page of this program now, in one call for each of its segments: otherwise
+/// each first use of a few pages is a fault, in every clone of this machine again.
+pub fn map_program() -> io::Result<()> {
+    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
+        // address range, permissions, offset, device, inode, path
+        let mut fields = line.split_ascii_whitespace();
+        let (Some(range), Some(access), Some(inode)) =
+            (fields.next(), fields.next(), fields.nth(2))
+        else {
+            continue;
+        };
+        let ends = range.split_once('-');
+        let ends = ends.map(|(start, end)| (parse_hex(start), parse_hex(end)));
+        let Some((Some(start), Some(end))) = ends else {
+            continue;
+        };
+        // Files only; there are no others than this program.
+        if inode == "0" || !access.starts_with('r') {
+            continue;
+        }
+        let Some(start) = NonNull::new(std::ptr::without_provenance_mut::<c_void>(start)) else {
+            continue;
+        };
+        let bytes = end.saturating_sub(start.addr().get());
+        // SAFETY: MADV_POPULATE_READ changes no content and no mapping; a range that is no
+        // longer mapped is an error.
+        unsafe { madvise(start, bytes, MmapAdvise::MADV_POPULATE_READ) }?;
+    }
+    Ok(())
+}
+
+fn parse_hex(text: &str) -> Option<usize> {
+    usize::from_str_radix(text, 16).ok()
 }
 
 /// Lets connects of a vsock socket wait for their answer as long as the kernel allows:

@@ -54,9 +54,10 @@ async fn main() {
         "hardware"
     };
     let mut report = Report::new("template", kind.to_owned());
-    report
-        .versions
-        .push(("kuasar-embed".to_owned(), env!("CARGO_PKG_VERSION").to_owned()));
+    report.versions.push((
+        "kuasar-embed".to_owned(),
+        env!("CARGO_PKG_VERSION").to_owned(),
+    ));
     let scratch = tempfile::tempdir().expect("a scratch folder");
     for (subject, mode, warm, runs) in [
         (OURS, TemplateMode::Auto, 2, args.clones),
@@ -151,13 +152,7 @@ fn faults() -> f64 {
     f64::from(i32::try_from(usage.minor_page_faults()).unwrap_or(i32::MAX))
 }
 
-async fn serial(
-    backend: &VmmBackend,
-    subject: &str,
-    runs: usize,
-    dir: &Path,
-    report: &mut Report,
-) {
+async fn serial(backend: &VmmBackend, subject: &str, runs: usize, dir: &Path, report: &mut Report) {
     let (mut host, mut agent, mut faulted) = (Vec::new(), Vec::new(), Vec::new());
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
     let mut exits = Vec::new();
@@ -177,7 +172,13 @@ async fn serial(
                 None => phases.push((phase.name, vec![took])),
             }
         }
-        exits.push(stats.exits.values().map(|count| f64::from(u32::try_from(*count).unwrap_or(0))).sum());
+        exits.push(
+            stats
+                .exits
+                .values()
+                .map(|count| f64::from(u32::try_from(*count).unwrap_or(0)))
+                .sum(),
+        );
         down(up, dir, "serial").await;
     }
     report.add(subject, "to the vCPU's start", "ms", host);
