@@ -64,6 +64,7 @@ lint: ## Format, clippy, dependency rules
 
 .PHONY: bench-boot
 bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes target/bench/boot.json
+	$(STEP) "install QEMU, to compare with" -- scripts/setup qemu-system-x86
 	$(STEP) "build the VMM's example" -- $(CARGO) build --release -p vmm-core --example boot
 	$(STEP) "boot benchmark" -- $(CARGO) run --release -p bench --bin bench-boot
 

@@ -19,6 +19,15 @@ pub struct Guest {
     pub cmdline: String,
 }
 
+/// How long a boot took.
+#[derive(Clone, Copy, Debug)]
+pub struct Boot {
+    /// Since the VMM was started.
+    pub took: Duration,
+    /// CPU time of the VMM, its guest included. Other work on the host hardly changes it.
+    pub cpu: Duration,
+}
+
 /// Builds a VMM's arguments for a guest; the folder is for files it wants written.
 type Arguments = fn(&Guest, &Path) -> Vec<String>;
 
@@ -73,11 +82,11 @@ impl Peer {
         (found, missing)
     }
 
-    /// Boots the guest until its console shows `marker`; the time since the VMM was started.
+    /// Boots the guest until its console shows `marker`.
     ///
     /// # Errors
     /// Says why when the marker was not shown within `limit`, with the console's last lines.
-    pub fn boot(&self, guest: &Guest, marker: &str, limit: Duration) -> Result<Duration, String> {
+    pub fn boot(&self, guest: &Guest, marker: &str, limit: Duration) -> Result<Boot, String> {
         let scratch = tempfile::tempdir().map_err(|e| e.to_string())?;
         let start = Instant::now();
         let child = Command::new(&self.program)
@@ -119,12 +128,20 @@ impl Peer {
         loop {
             let left = limit.saturating_sub(start.elapsed());
             match lines.recv_timeout(left) {
-                Ok(line) if line.contains(marker) => return Ok(start.elapsed()),
+                Ok(line) if line.contains(marker) => {
+                    let took = start.elapsed();
+                    let cpu = cpu_time(vmm.0.id()).map_err(|e| format!("CPU time: {e}"))?;
+                    return Ok(Boot { took, cpu });
+                }
                 Ok(line) => tail.push(line),
-                Err(_) => {
+                Err(why) => {
+                    let why = match why {
+                        mpsc::RecvTimeoutError::Timeout => format!("not within {limit:?}"),
+                        mpsc::RecvTimeoutError::Disconnected => "it ended before".to_owned(),
+                    };
                     let from = tail.len().saturating_sub(5);
                     let shown = tail.get(from..).unwrap_or_default().join(" | ");
-                    return Err(format!("no {marker:?} within {limit:?}: {shown}"));
+                    return Err(format!("no {marker:?}, {why}: {shown}"));
                 }
             }
         }
@@ -139,6 +156,22 @@ impl Drop for Killed {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// CPU time of a process, all threads together.
+fn cpu_time(pid: u32) -> std::io::Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_cpu_time(&stat).ok_or_else(|| std::io::ErrorKind::InvalidData.into())
+}
+
+/// proc(5): utime and stime are fields 14 and 15, in ticks of a hundredth of a second. The
+/// second field, the name, may hold anything but ends with the last parenthesis.
+fn parse_cpu_time(stat: &str) -> Option<Duration> {
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split(' ').skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    let sum = ticks()?.checked_add(ticks()?)?;
+    Some(Duration::from_millis(sum.checked_mul(10)?))
 }
 
 fn which(program: &str) -> Option<PathBuf> {
@@ -235,4 +268,16 @@ fn firecracker(guest: &Guest, scratch: &Path) -> Vec<String> {
     let mut args = strings(&["--no-api", "--config-file"]);
     args.push(path.display().to_string());
     args
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_time_is_user_and_system_time() {
+        let stat = "7 (a ) b) S 1 2 3 4 5 6 7 8 9 10 250 50 0 0 20 0 1 0 99";
+        assert_eq!(parse_cpu_time(stat), Some(Duration::from_secs(3)));
+        assert_eq!(parse_cpu_time("7 (x) S 1"), None);
+    }
 }

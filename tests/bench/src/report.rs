@@ -1,7 +1,9 @@
 //! The table on the terminal and the JSON file beside it.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use humantime_serde::re::humantime;
 use serde::Serialize;
 
 use crate::median;
@@ -28,7 +30,11 @@ pub struct Report {
     pub name: &'static str,
     /// "emulated ring 0" or "hardware".
     pub host_kind: String,
-    /// CPU model and kernel release.
+    /// When it began, in UTC.
+    pub date: String,
+    /// How it was called.
+    pub command: String,
+    /// CPU model, CPUs and kernel release.
     pub host: String,
     /// Version of each subject.
     pub versions: Vec<(String, String)>,
@@ -51,11 +57,15 @@ impl Report {
             })
             .unwrap_or_else(|| "unknown CPU".to_owned());
         let kernel = read("/proc/sys/kernel/osrelease");
-        let host = format!("{cpu}, Linux {}", kernel.trim());
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let host = format!("{cpu}, {cpus} CPUs, Linux {}", kernel.trim());
+        let date = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let (versions, skipped, figures) = (Vec::new(), Vec::new(), Vec::new());
         Self {
             name,
             host_kind,
+            date,
+            command: String::new(),
             host,
             versions,
             skipped,
@@ -80,6 +90,7 @@ impl Report {
     /// peer has too, how many times ours it takes.
     pub fn print(&self) {
         println!("\n{}: {} ({})", self.name, self.host, self.host_kind);
+        println!("  {}, {}", self.date, self.command);
         for (subject, version) in &self.versions {
             println!("  {subject}: {version}");
         }
@@ -93,14 +104,14 @@ impl Report {
             let ours = self
                 .figures
                 .iter()
-                .find(|f| f.name == figure.name && f.unit == figure.unit)
+                .find(|f| f.name == figure.name && !self.is_peer(f))
                 .and_then(|f| f.median);
             let ratio = match ours {
                 Some(ours) if ours > 0.0 && self.is_peer(figure) => format!("{:.2}x", value / ours),
                 _ => String::new(),
             };
             println!(
-                "{:<34} {:<18} {value:>12.2} {:<8} {ratio:>9}",
+                "{:<34} {:<18} {value:>12.1} {:<8} {ratio:>9}",
                 figure.name, figure.subject, figure.unit
             );
         }
