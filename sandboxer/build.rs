@@ -5,6 +5,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = protox::compile(
         [
             "containerd/services/sandbox/v1/controller.proto",
+            "kuasar/pods/v1/pods.proto",
             "runtime/v1/pod.proto",
         ],
         ["proto"],

@@ -1,4 +1,5 @@
-//! containerd's Controller service and the messages it carries, generated from `proto/`.
+//! containerd's Controller service, our own beside it, and the messages they carry, generated
+//! from `proto/`.
 
 /// `containerd.services.sandbox.v1`: messages, client and server.
 #[allow(
@@ -22,6 +23,13 @@ mod generated {
             tonic::include_proto!("containerd.types");
         }
     }
+    pub mod kuasar {
+        pub mod pods {
+            pub mod v1 {
+                tonic::include_proto!("kuasar.pods.v1");
+            }
+        }
+    }
     pub mod runtime {
         pub mod v1 {
             tonic::include_proto!("runtime.v1");
@@ -33,6 +41,8 @@ mod generated {
 pub use generated::containerd::services::sandbox::v1 as controller;
 /// `containerd.types`.
 pub use generated::containerd::types;
+/// `kuasar.pods.v1`: pausing pods and writing them to disk.
+pub use generated::kuasar::pods::v1 as pods;
 /// `runtime.v1`: what CRI says about a pod.
 pub use generated::runtime::v1 as cri;
 

@@ -125,16 +125,9 @@ impl Host {
                 hasher.update(&value.to_le_bytes());
             }
         }
-        // Emulated kernels read the host's own time stamp counter, with no offset that
-        // could hide its restart.
-        let boot = if self.emulated_ring0() {
-            fs::read_to_string("/proc/sys/kernel/random/boot_id")?
-        } else {
-            String::new()
-        };
         let kernel = nix::sys::utsname::uname()?;
         Ok(format!(
-            "{} on Linux {} {} {boot}, CPU {}",
+            "{} on Linux {} {}, CPU {}",
             env!("VMM_CORE_BUILD"),
             kernel.release().to_string_lossy(),
             kernel.version().to_string_lossy(),

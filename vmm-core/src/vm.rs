@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -173,6 +174,16 @@ pub trait Vm: Send + Sync + fmt::Debug {
     async fn pause(&self) -> Result<(), VmError> {
         Err(VmError::Unsupported {
             what: "pause a VM",
+            backend: self.backend(),
+        })
+    }
+
+    /// Pauses the VM and writes all of it to `dir`, an empty folder; who restores it has to
+    /// name the same `label`. It stays paused.
+    async fn snapshot(&self, dir: &Path, label: &str) -> Result<(), VmError> {
+        let _ = (dir, label);
+        Err(VmError::Unsupported {
+            what: "write a VM to disk",
             backend: self.backend(),
         })
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_api::stream::{HeaderError, MAX_HEADER_BYTES, StreamId};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
@@ -32,6 +32,8 @@ pub struct Stream {
     pub fd: Fd,
     /// Payload that arrived with the header.
     pub head: Vec<u8>,
+    /// Told when the host opens the stream anew: this one leads nowhere then.
+    pub replaced: Arc<Notify>,
 }
 
 /// Why a connection was refused.
@@ -63,8 +65,20 @@ enum Slot {
     Parked { stream: Stream, serial: u64 },
     /// The process came first.
     Awaited(oneshot::Sender<Stream>),
-    /// Both are there.
-    Claimed,
+    /// Both are there; the host may have opened it anew since, after it was away.
+    Claimed {
+        replaced: Arc<Notify>,
+        next: Option<Stream>,
+    },
+}
+
+impl Slot {
+    fn claimed(stream: &Stream) -> Self {
+        Self::Claimed {
+            replaced: Arc::clone(&stream.replaced),
+            next: None,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +86,13 @@ struct Slots {
     by_id: HashMap<StreamId, Slot>,
     parked: usize,
     serial: u64,
+}
+
+impl Slots {
+    fn next_serial(&mut self) -> u64 {
+        self.serial = self.serial.wrapping_add(1);
+        self.serial
+    }
 }
 
 /// The streams of all processes.
@@ -88,12 +109,16 @@ impl Streams {
     pub async fn claim(&self, id: &StreamId) -> Option<Stream> {
         let arrival = {
             let mut slots = self.lock();
-            match slots.by_id.insert(id.clone(), Slot::Claimed) {
+            match slots.by_id.remove(id) {
                 Some(Slot::Parked { stream, .. }) => {
                     slots.parked = slots.parked.saturating_sub(1);
+                    slots.by_id.insert(id.clone(), Slot::claimed(&stream));
                     return Some(stream);
                 }
-                Some(Slot::Claimed) => return None,
+                Some(taken @ Slot::Claimed { .. }) => {
+                    slots.by_id.insert(id.clone(), taken);
+                    return None;
+                }
                 Some(Slot::Awaited(_)) | None => {}
             }
             let (sender, arrival) = oneshot::channel();
@@ -112,16 +137,34 @@ impl Streams {
     /// Forgets a name and closes what is parked under it.
     pub fn release(&self, id: &StreamId) {
         let mut slots = self.lock();
-        if let Some(Slot::Parked { .. }) = slots.by_id.remove(id) {
-            slots.parked = slots.parked.saturating_sub(1);
+        match slots.by_id.remove(id) {
+            Some(Slot::Parked { .. } | Slot::Claimed { next: Some(_), .. }) => {
+                slots.parked = slots.parked.saturating_sub(1);
+            }
+            _ => {}
+        }
+    }
+
+    /// A claimed stream broke: the name is free, for the stream that the host has opened
+    /// since or will open.
+    pub fn lost(&self, id: &StreamId) {
+        let mut slots = self.lock();
+        if let Some(Slot::Claimed {
+            next: Some(stream), ..
+        }) = slots.by_id.remove(id)
+        {
+            let serial = slots.next_serial();
+            slots
+                .by_id
+                .insert(id.clone(), Slot::Parked { stream, serial });
+            self.expire(id.clone(), serial);
         }
     }
 
     /// Hands in a stream from the host.
     fn offer(&self, id: StreamId, stream: Stream) -> Result<(), Refused> {
         let mut slots = self.lock();
-        slots.serial = slots.serial.wrapping_add(1);
-        let serial = slots.serial;
+        let serial = slots.next_serial();
         let full = slots.parked >= MAX_PARKED;
         match slots.by_id.entry(id) {
             Entry::Vacant(_) if full => return Err(Refused::Full),
@@ -131,16 +174,22 @@ impl Streams {
                 slots.parked = slots.parked.saturating_add(1);
                 self.expire(id, serial);
             }
-            Entry::Occupied(mut entry) => match entry.insert(Slot::Claimed) {
-                Slot::Awaited(process) => {
-                    // A process that stopped waiting has no use for it.
-                    let _ = process.send(stream);
+            Entry::Occupied(mut entry) => match entry.get_mut() {
+                Slot::Awaited(_) => {
+                    let claimed = Slot::claimed(&stream);
+                    if let Slot::Awaited(process) = entry.insert(claimed) {
+                        // A process that stopped waiting has no use for it.
+                        let _ = process.send(stream);
+                    }
                 }
-                taken => {
-                    let id = entry.key().clone();
-                    entry.insert(taken);
-                    return Err(Refused::Duplicate(id));
+                Slot::Claimed { next: None, .. } if full => return Err(Refused::Full),
+                Slot::Claimed { replaced, next } => {
+                    replaced.notify_one();
+                    if next.replace(stream).is_none() {
+                        slots.parked = slots.parked.saturating_add(1);
+                    }
                 }
+                Slot::Parked { .. } => return Err(Refused::Duplicate(entry.key().clone())),
             },
         }
         Ok(())
@@ -199,7 +248,8 @@ async fn read_header(mut fd: Fd) -> Result<(StreamId, Stream), Refused> {
             let mut head = line.split_off(end);
             head.remove(0);
             let id = String::from_utf8_lossy(&line).parse()?;
-            return Ok((id, Stream { fd, head }));
+            let replaced = Arc::default();
+            return Ok((id, Stream { fd, head, replaced }));
         }
         if n == 0 || line.len() >= MAX_HEADER_BYTES {
             return Err(Refused::Incomplete);
@@ -223,6 +273,7 @@ mod tests {
         Stream {
             fd: pair().1,
             head: Vec::new(),
+            replaced: Arc::default(),
         }
     }
 
@@ -282,7 +333,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn duplicates_are_refused_until_released() {
+    async fn duplicates_are_refused_until_claimed_and_replace_what_broke() {
         let streams = Streams::default();
         let name = id("c1//stdout");
         streams.offer(name.clone(), stream()).unwrap();
@@ -290,12 +341,18 @@ mod tests {
             streams.offer(name.clone(), stream()),
             Err(Refused::Duplicate(_))
         ));
+        let first = streams.claim(&name).await.unwrap();
+        // The host comes back, twice.
+        streams.offer(name.clone(), stream()).unwrap();
+        streams.offer(name.clone(), stream()).unwrap();
+        assert_eq!(streams.lock().parked, 1);
+        first.replaced.notified().await;
+        streams.lost(&name);
         streams.claim(&name).await.unwrap();
-        assert!(matches!(
-            streams.offer(name.clone(), stream()),
-            Err(Refused::Duplicate(_))
-        ));
+        assert_eq!(streams.lock().parked, 0);
+        streams.offer(name.clone(), stream()).unwrap();
         streams.release(&name);
+        assert_eq!(streams.lock().parked, 0);
         streams.offer(name, stream()).unwrap();
     }
 

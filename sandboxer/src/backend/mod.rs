@@ -7,7 +7,7 @@ pub mod vmm;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -49,4 +49,24 @@ pub trait SandboxBackend: Send + Sync + fmt::Debug {
 
     /// Builds a machine that does not run yet. Dropping it ends it.
     async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError>;
+
+    /// Names everything that a machine written to disk depends on besides itself.
+    fn identity(&self) -> String {
+        self.name().to_owned()
+    }
+
+    /// Builds a machine that goes on from what [`Vm::snapshot`] wrote to `dir`, not running
+    /// yet.
+    async fn restore(
+        &self,
+        request: MachineRequest,
+        dir: &Path,
+        label: &str,
+    ) -> Result<Arc<dyn Vm>, VmError> {
+        let _ = (request, dir, label);
+        Err(VmError::Unsupported {
+            what: "restore a VM from disk",
+            backend: self.name(),
+        })
+    }
 }

@@ -62,6 +62,8 @@ impl BackendError {
 #[derive(Debug)]
 pub struct VmmBackend {
     host: Host,
+    /// See [`SandboxBackend::identity`].
+    identity: String,
     guest: GuestFiles,
     vm: config::Vm,
     fs: config::Fs,
@@ -102,8 +104,12 @@ impl VmmBackend {
                 .inspect_err(|why| warn!("pods boot instead of being cloned: {why}"))
                 .ok(),
         };
+        let identity = host
+            .fingerprint()
+            .map_err(|e| HostError::Probe(with_causes(&e)))?;
         let backend = Self {
             host,
+            identity,
             guest,
             vm: config.vm.clone(),
             fs: config.fs.clone(),
@@ -253,6 +259,26 @@ impl SandboxBackend for VmmBackend {
             // A failure is told when the machine is built.
             let _ = self.template(request.vcpus, request.memory_bytes).await;
         }
+    }
+
+    fn identity(&self) -> String {
+        self.identity.clone()
+    }
+
+    async fn restore(
+        &self,
+        request: MachineRequest,
+        dir: &Path,
+        label: &str,
+    ) -> Result<Arc<dyn Vm>, VmError> {
+        let config = self.clone_config(&request)?;
+        let (host, dir, label) = (self.host.clone(), dir.to_owned(), label.to_owned());
+        let load = move || Snapshot::load(&dir, &label);
+        let snapshot = tokio::task::spawn_blocking(load)
+            .await
+            .map_err(backend_error)?
+            .map_err(backend_error)?;
+        blocking(move || Machine::restore(&host, config, &snapshot, None)).await
     }
 
     async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {

@@ -64,6 +64,12 @@ pub(super) enum Command {
     Logs(LogsArgs),
     Stop(StopArgs),
     Rm(RmArgs),
+    /// Stops a pod's virtual CPUs: everything in it stands still, in memory
+    Pause(FreezeArgs),
+    /// Lets a paused pod run again
+    Resume(FreezeArgs),
+    Snapshot(SnapshotArgs),
+    Restore(RestoreArgs),
     Check(CheckArgs),
     Guest(GuestArgs),
     Template(TemplateArgs),
@@ -229,6 +235,55 @@ pub(super) struct StopArgs {
     /// How long a container may take after its stop signal (TERM) before it is killed
     #[arg(long, short, value_parser = values::duration, default_value = "10s")]
     pub(super) time: Duration,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// One pod that stops or goes on.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  kuasar-ctl pause web\n  kuasar-ctl resume web")]
+pub(super) struct FreezeArgs {
+    /// Name or id, or the beginning of an id
+    pub(super) pod: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Writes a running pod with its containers to disk and removes it from the daemon
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kuasar-ctl snapshot web
+  kuasar-ctl snapshot --keep-running --to /backup/web web
+
+Afterwards the daemon may end; `kuasar-ctl restore` lets the pod go on from where it was, on
+the same host and with the same release. The root file system and the volumes are not copied:
+they have to be there again.")]
+pub(super) struct SnapshotArgs {
+    /// Name or id, or the beginning of an id
+    pub(super) pod: String,
+    /// Empty or new folder to write to [default: one of the pod's own]
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: Option<PathBuf>,
+    /// Let the pod run on afterwards
+    #[arg(long)]
+    pub(super) keep_running: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Lets a pod that was written to disk go on from where it was
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  kuasar-ctl restore web")]
+pub(super) struct RestoreArgs {
+    /// Name or id, or the beginning of an id
+    pub(super) pod: String,
+    /// Folder to read, which stays [default: the pod's own, which goes]
+    #[arg(long, value_name = "DIR")]
+    pub(super) from: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,

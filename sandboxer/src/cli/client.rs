@@ -17,6 +17,8 @@ use super::error::{CliError, Doing, Result};
 use crate::rpc::controller;
 use crate::rpc::controller::controller_client::ControllerClient;
 use crate::rpc::cri::PodSandboxConfig;
+use crate::rpc::pods;
+use crate::rpc::pods::pods_client::PodsClient;
 use crate::rpc::{POD_SANDBOX_CONFIG_TYPE, types};
 
 /// The daemon has shorter deadlines of its own; this one is for a daemon that hangs.
@@ -30,6 +32,7 @@ pub(super) const READY: &str = "SANDBOX_READY";
 #[derive(Clone, Debug)]
 pub(super) struct Controller {
     client: ControllerClient<Channel>,
+    pods: PodsClient<Channel>,
     address: PathBuf,
 }
 
@@ -61,6 +64,7 @@ impl Controller {
             .await
             .doing(|| format!("connect to {}", address.display()))?;
         Ok(Some(Self {
+            pods: PodsClient::new(channel.clone()),
             client: ControllerClient::new(channel),
             address: address.to_owned(),
         }))
@@ -144,6 +148,41 @@ impl Controller {
             ..Default::default()
         };
         gone_is_fine(self.client.clone().shutdown(limited_call(request)).await)
+    }
+}
+
+/// What the daemon can do beyond containerd's API.
+impl Controller {
+    pub(super) async fn pause(&self, id: &str) -> Result<()> {
+        let request = pods::PodRef { id: id.to_owned() };
+        self.pods.clone().pause(limited_call(request)).await?;
+        Ok(())
+    }
+
+    pub(super) async fn resume(&self, id: &str) -> Result<()> {
+        let request = pods::PodRef { id: id.to_owned() };
+        self.pods.clone().resume(limited_call(request)).await?;
+        Ok(())
+    }
+
+    /// Writes a pod to an empty folder.
+    pub(super) async fn snapshot(&self, id: &str, dir: &Path, keep_running: bool) -> Result<()> {
+        let request = pods::SnapshotRequest {
+            id: id.to_owned(),
+            dir: dir.display().to_string(),
+            keep_running,
+        };
+        self.pods.clone().snapshot(limited_call(request)).await?;
+        Ok(())
+    }
+
+    /// Makes a pod of such a folder; returns its id.
+    pub(super) async fn restore(&self, dir: &Path) -> Result<String> {
+        let request = pods::RestoreRequest {
+            dir: dir.display().to_string(),
+        };
+        let reply = self.pods.clone().restore(limited_call(request)).await?;
+        Ok(reply.into_inner().id)
     }
 }
 

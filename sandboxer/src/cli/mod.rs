@@ -11,6 +11,7 @@ mod client;
 mod daemon;
 mod error;
 mod exec;
+mod freeze;
 mod generate;
 mod guest;
 mod lifecycle;
@@ -99,6 +100,10 @@ fn dispatch(cli: Cli) -> Result<u8> {
             Command::Logs(args) => logs::logs(&global, &args).await.map(|()| 0),
             Command::Stop(args) => lifecycle::stop(&global, &args).await.map(|()| 0),
             Command::Rm(args) => lifecycle::rm(&global, &args).await.map(|()| 0),
+            Command::Pause(args) => freeze::pause(&global, &args).await.map(|()| 0),
+            Command::Resume(args) => freeze::resume(&global, &args).await.map(|()| 0),
+            Command::Snapshot(args) => freeze::snapshot(&global, &args).await.map(|()| 0),
+            Command::Restore(args) => freeze::restore(&global, &args).await.map(|()| 0),
             Command::Check(args) => {
                 let ok = check::check(&global, &args).await?;
                 Ok(u8::from(!ok))

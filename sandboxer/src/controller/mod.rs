@@ -1,5 +1,6 @@
 //! containerd's sandbox Controller over the pods of this daemon.
 
+mod admin;
 mod pods;
 mod status;
 
@@ -9,6 +10,7 @@ use std::time::Duration;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
+pub use admin::AdminService;
 pub use pods::Pods;
 
 use crate::causes::with_causes;

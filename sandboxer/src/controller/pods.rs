@@ -1,6 +1,7 @@
 //! The pods of a daemon, by id.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -54,20 +55,25 @@ impl Pods {
     /// # Errors
     /// As for [`Pod::create`].
     pub async fn create(&self, request: PodRequest) -> Result<()> {
-        let id = request.id.clone();
         let environment = Arc::clone(&self.environment);
         // A caller that goes away drops the answer, and with it the pod.
         let pod = tokio::task::spawn_blocking(move || Pod::create(request, environment))
             .await
             .unwrap_or(Err(PodError::Cancelled("creating the sandbox")))?;
-        let entry = Entry {
+        self.insert(pod);
+        Ok(())
+    }
+
+    fn insert(&self, pod: Pod) -> Arc<Entry> {
+        let entry = Arc::new(Entry {
             pod: Arc::new(pod),
             task_server: Mutex::new(None),
             removal: tokio::sync::Mutex::new(()),
-        };
+        });
+        let id = entry.pod.id().to_owned();
         info!(pod = id, "created");
-        lock(&self.entries).insert(id, Arc::new(entry));
-        Ok(())
+        lock(&self.entries).insert(id, Arc::clone(&entry));
+        entry
     }
 
     /// Starts a pod. When that fails, or the caller goes away first, nothing is left of it.
@@ -77,11 +83,34 @@ impl Pods {
     pub async fn start(self: &Arc<Self>, id: &str) -> Result<Arc<Pod>> {
         let entry = self.entry(id)?;
         entry.pod.begin_start()?;
+        self.bring_up(entry, None).await
+    }
+
+    /// Makes a pod of what was written to `dir` and lets it go on. When that fails, or the
+    /// caller goes away first, nothing is left of it; the folder stays as it is.
+    ///
+    /// # Errors
+    /// As for [`Pod::from_disk`] and [`Pod::restore`].
+    pub async fn restore(self: &Arc<Self>, dir: &Path) -> Result<Arc<Pod>> {
+        let (environment, from) = (Arc::clone(&self.environment), dir.to_owned());
+        let pod = tokio::task::spawn_blocking(move || Pod::from_disk(&from, environment))
+            .await
+            .unwrap_or(Err(PodError::Cancelled("creating the sandbox")))?;
+        let entry = self.insert(pod);
+        entry.pod.begin_start()?;
+        self.bring_up(entry, Some(dir.to_owned())).await
+    }
+
+    async fn bring_up(
+        self: &Arc<Self>,
+        entry: Arc<Entry>,
+        from: Option<PathBuf>,
+    ) -> Result<Arc<Pod>> {
         let abandoned = entry.pod.give_up_start_on_drop();
         let pods = Arc::clone(self);
-        let id = id.to_owned();
+        let id = entry.pod.id().to_owned();
         let work = async move {
-            let started = Self::serve_and_start(&entry).await;
+            let started = Self::serve_and_start(&entry, from.as_deref()).await;
             if started.is_err() {
                 pods.release(&id, &entry).await;
             }
@@ -95,12 +124,15 @@ impl Pods {
         started
     }
 
-    async fn serve_and_start(entry: &Entry) -> Result<()> {
+    async fn serve_and_start(entry: &Entry, from: Option<&Path>) -> Result<()> {
         let server = TaskServer::start(&entry.pod).await;
         match server {
             Ok(server) => {
                 *lock(&entry.task_server) = Some(server);
-                entry.pod.start().await
+                match from {
+                    None => entry.pod.start().await,
+                    Some(dir) => entry.pod.restore(dir).await,
+                }
             }
             Err(e) => {
                 entry.pod.fail_start(&e).await;

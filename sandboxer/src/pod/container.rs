@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::error::{PodError, Result};
 use super::process::Process;
 use super::stdio::StdioPaths;
-use super::storage::ContainerStorage;
+use super::storage::{ContainerStorage, Recipe};
 use crate::agent::ProcessId;
 
 /// A container: its init process, its execs and its files.
@@ -112,6 +112,11 @@ impl Container {
 
     pub(super) fn set_storage(&self, storage: ContainerStorage) {
         *lock(&self.storage) = Some(storage);
+    }
+
+    /// What its files are made of, while it has any.
+    pub(super) fn recipe(&self) -> Option<Recipe> {
+        lock(&self.storage).as_ref().map(|s| s.recipe().clone())
     }
 
     /// Takes the files away; the caller drops them where blocking is allowed.

@@ -16,7 +16,7 @@ use super::oci::{self, Guest};
 use super::process::{Exit, Process, ProcessState};
 use super::request::check_id;
 use super::stdio::{GuestStdio, HostStdio, LogOwner, Stdio, StdioPaths};
-use super::storage::{ContainerStorage, RootfsMount};
+use super::storage::{ContainerStorage, Recipe, RootfsMount};
 use super::{Machine, Phase, Pod, PodError, Result, lock, phase};
 use crate::events::TaskEventKind;
 
@@ -179,7 +179,8 @@ impl Pod {
                 files: &files,
             };
             let binds = oci::rewrite(&mut spec, &guest)?;
-            let storage = ContainerStorage::prepare(&share, &request.id, &rootfs, &binds)?;
+            let recipe = Recipe { rootfs, binds };
+            let storage = ContainerStorage::prepare(&share, &request.id, recipe)?;
             Ok((spec, storage))
         };
         tokio::task::spawn_blocking(work)
@@ -188,7 +189,7 @@ impl Pod {
     }
 
     /// Opens the guest's streams of a created process and connects them to the host's.
-    async fn wire_stdio(
+    pub(super) async fn wire_stdio(
         &self,
         machine: &Arc<Machine>,
         process: &Process,
@@ -379,7 +380,7 @@ impl Pod {
     }
 }
 
-fn owner(namespace: &str, container_id: &str) -> LogOwner {
+pub(super) fn owner(namespace: &str, container_id: &str) -> LogOwner {
     LogOwner {
         namespace: namespace.to_owned(),
         container_id: container_id.to_owned(),

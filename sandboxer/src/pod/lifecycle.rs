@@ -131,7 +131,7 @@ impl Pod {
         Err(PodError::Cancelled("the start"))
     }
 
-    fn machine_request(&self) -> Result<MachineRequest> {
+    pub(super) fn machine_request(&self) -> Result<MachineRequest> {
         let linux = self.request.config.linux.as_ref();
         let size = MachineSize::for_pod(
             linux.and_then(|linux| linux.resources.as_ref()),
@@ -151,7 +151,7 @@ impl Pod {
         })
     }
 
-    fn limits(&self) -> Limits {
+    pub(super) fn limits(&self) -> Limits {
         let timeouts = &self.environment.timeouts;
         Limits {
             boot: timeouts.boot,
@@ -160,7 +160,7 @@ impl Pod {
         }
     }
 
-    fn setup(&self) -> rpc::SetupSandboxRequest {
+    pub(super) fn setup(&self) -> rpc::SetupSandboxRequest {
         let linux = self.request.config.linux.as_ref();
         let files = super::PodFiles {
             hostname: self.request.hostname(),
@@ -191,7 +191,7 @@ impl Pod {
     }
 
     /// Follows what happens in the guest until its machine ends.
-    async fn watch(self: Arc<Self>, mut events: mpsc::Receiver<AgentEvent>) {
+    pub(super) async fn watch(self: Arc<Self>, mut events: mpsc::Receiver<AgentEvent>) {
         let Ok(machine) = self.machine() else {
             return;
         };
@@ -297,7 +297,7 @@ impl Pod {
     }
 
     /// Ends the machine, if there is one, even when the caller does not wait for it.
-    async fn end(self: &Arc<Self>, limit: Duration, gracefully: bool) -> Result<()> {
+    pub(super) async fn end(self: &Arc<Self>, limit: Duration, gracefully: bool) -> Result<()> {
         let Ok(machine) = self.machine() else {
             return Ok(());
         };
@@ -346,7 +346,7 @@ impl Pod {
     }
 
     /// Ends the machine and frees it where blocking is allowed.
-    async fn end_machine(&self, vm: Arc<dyn Vm>) {
+    pub(super) async fn end_machine(&self, vm: Arc<dyn Vm>) {
         if let Err(e) = vm.stop(self.environment.timeouts.stop).await {
             error!(
                 pod = self.id(),
@@ -404,7 +404,7 @@ impl Pod {
         Ok(())
     }
 
-    fn advance(&self, from: impl FnOnce(&Phase) -> bool, to: Phase) -> bool {
+    pub(super) fn advance(&self, from: impl FnOnce(&Phase) -> bool, to: Phase) -> bool {
         self.phase.send_if_modified(|phase| {
             let moves = from(phase);
             if moves {

@@ -15,6 +15,7 @@ mod process;
 pub mod record;
 mod request;
 mod resources;
+mod snapshot;
 mod stdio;
 pub(crate) mod storage;
 mod tasks;

@@ -21,10 +21,11 @@ use self::socket::ListenSocket;
 use crate::backend::SandboxBackend;
 use crate::backend::vmm::{BackendError, VmmBackend};
 use crate::config::Config;
-use crate::controller::{ControllerService, Pods};
+use crate::controller::{AdminService, ControllerService, Pods};
 use crate::events::EventSink;
 use crate::pod::{PodEnvironment, PodError, record};
 use crate::rpc::controller::controller_server::ControllerServer;
+use crate::rpc::pods::pods_server::PodsServer;
 
 /// Where `vmm-sandboxer` listens unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "/run/vmm-sandboxer.sock";
@@ -146,6 +147,7 @@ impl Server {
             .add_service(ControllerServer::new(ControllerService::new(Arc::clone(
                 &pods,
             ))))
+            .add_service(PodsServer::new(AdminService::new(Arc::clone(&pods))))
             .serve_with_incoming_shutdown(
                 UnixListenerStream::new(listener),
                 stop.clone().cancelled_owned(),

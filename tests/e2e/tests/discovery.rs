@@ -18,7 +18,7 @@ const SCRIPT: &str = "cat /proc/cmdline; echo cpus=$(nproc); \
 #[test]
 fn devices_and_cpus_are_found_through_acpi() {
     skip_if!(kvm_missing());
-    let world = World::with_config("[vm]\ndiscovery = \"acpi\"\n");
+    let world = World::with_config("[vm]\ndiscovery = \"acpi\"\n[templates]\nmode = \"off\"\n");
     let rootfs = world.rootfs.to_str().unwrap();
     #[rustfmt::skip]
     let run = world.ctl.run([

@@ -242,6 +242,10 @@ fn what_commands_show(ctl: &Ctl, layout: &str) {
     let phases = status["vm"]["phases"].as_array().unwrap();
     let names: Vec<&str> = phases.iter().map(|p| p["name"].as_str().unwrap()).collect();
     let expected = [
+        "vm created",
+        "memory mapped",
+        "devices attached",
+        "state restored",
         "vm built",
         "kernel entered",
         "agent ready",

@@ -35,12 +35,33 @@ impl Daemon {
             .expect("temporary dir");
         let config_path = dir.path().join("config.toml");
         std::fs::write(&config_path, config).expect("write the daemon's config");
+        Self::start_in(dir)
+    }
+
+    /// Starts another daemon in the place of `ended`, with its configuration and socket.
+    ///
+    /// # Panics
+    /// As for [`Daemon::start`].
+    #[must_use]
+    pub fn restart(ended: &mut Self) -> Self {
+        let empty = tempfile::tempdir().expect("temporary dir");
+        Self::start_in(std::mem::replace(&mut ended.dir, empty))
+    }
+
+    fn start_in(dir: TempDir) -> Self {
+        let config_path = dir.path().join("config.toml");
         let notify_path = dir.path().join("notify");
+        // An earlier daemon's.
+        let _ = std::fs::remove_file(&notify_path);
         let notify = UnixDatagram::bind(&notify_path).expect("bind the notify socket");
         notify
             .set_read_timeout(Some(LIMIT))
             .expect("set a deadline");
-        let log = File::create(dir.path().join("daemon.log")).expect("create the daemon's log");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(dir.path().join("daemon.log"))
+            .expect("open the daemon's log");
         let child = Command::new(bin_dir().join("vmm-sandboxer"))
             .arg("--listen")
             .arg(dir.path().join("sandboxer.sock"))

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -190,8 +191,24 @@ impl Vm for Machine {
         Ok(())
     }
 
+    async fn snapshot(&self, dir: &Path, label: &str) -> Result<(), VmError> {
+        let live = self.ensure_running()?;
+        let saver = self.saver(live);
+        let (dir, label) = (dir.to_owned(), label.to_owned());
+        tokio::task::spawn_blocking(move || saver.store(&dir, &label))
+            .await
+            .map_err(|err| VmError::Backend(Box::new(err)))?
+            .map_err(|err| VmError::Backend(Box::new(err)))
+    }
+
     async fn resume(&self) -> Result<(), VmError> {
-        self.ensure_running()?.vcpus.run();
+        let live = self.ensure_running()?;
+        for device in &live.devices {
+            // Does nothing unless a snapshot stopped it.
+            let resumed = device.transport.resume();
+            resumed.map_err(|err| VmError::Backend(Box::new(err)))?;
+        }
+        live.vcpus.run();
         Ok(())
     }
 }

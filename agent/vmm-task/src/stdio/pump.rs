@@ -241,25 +241,42 @@ impl Source {
 /// Copies one output until the process and its data are gone.
 async fn output(mut source: Source, id: &StreamId, streams: &Streams) {
     let mut buf = vec![0; CHUNK];
+    // What a host that went away may not have got: a piece may come twice, none is lost.
+    let mut pending = 0;
     loop {
-        let Some(Stream { mut fd, .. }) = streams.claim(id).await else {
+        let Some(Stream {
+            mut fd, replaced, ..
+        }) = streams.claim(id).await
+        else {
             warn!(stream = %id, "the host did not open it; output is discarded");
             while source.next(&mut buf).await > 0 {}
             return;
         };
         loop {
-            let n = source.next(&mut buf).await;
-            if n == 0 {
-                fd.finish();
-                return;
+            if pending == 0 {
+                pending = tokio::select! {
+                    biased;
+                    () = replaced.notified() => break,
+                    n = source.next(&mut buf) => n,
+                };
+                if pending == 0 {
+                    fd.finish();
+                    return;
+                }
             }
-            if let Err(e) = fd.write_all(buf.get(..n).unwrap_or_default()).await {
+            let written = tokio::select! {
+                biased;
+                () = replaced.notified() => break,
+                written = fd.write_all(buf.get(..pending).unwrap_or_default()) => written,
+            };
+            if let Err(e) = written {
                 debug!(stream = %id, "lost: {e}");
                 break;
             }
+            pending = 0;
         }
         // The host went away, perhaps to come back: the process waits on a full pipe.
-        streams.release(id);
+        streams.lost(id);
         if source.grace.is_some() {
             return;
         }
@@ -283,7 +300,12 @@ async fn input(
                 tokio::time::sleep(CLOSE_DEADLINE).await;
             } => None,
         };
-        let Some(Stream { mut fd, head }) = claimed else {
+        let Some(Stream {
+            mut fd,
+            head,
+            replaced,
+        }) = claimed
+        else {
             break;
         };
         if to.write_all(&head).await.is_err() {
@@ -292,6 +314,10 @@ async fn input(
         loop {
             let read = tokio::select! {
                 biased;
+                () = replaced.notified() => {
+                    streams.lost(id);
+                    continue 'streams;
+                }
                 read = fd.read(&mut buf) => Some(read),
                 _ = close.wait_for(|close| *close) => None,
             };
@@ -321,7 +347,7 @@ async fn input(
                 }
                 Err(e) => {
                     debug!(stream = %id, "lost: {e}");
-                    streams.release(id);
+                    streams.lost(id);
                     break;
                 }
             }
@@ -502,7 +528,23 @@ mod tests {
         w.write_all(b"two").unwrap();
         drop(w);
         pumps.process_exited().await;
-        assert_eq!(reader.await.unwrap(), b"two");
+        assert_eq!(reader.await.unwrap(), b"losttwo");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_host_that_opens_a_stream_anew_gets_what_comes_then() {
+        let bed = Bed::new();
+        let (ends, mut w) = out_pipe();
+        let mut pumps = Pumps::start(&name(), ends, false, &bed.streams);
+        // Never closed: to the guest it looks alive.
+        let _dead = bed.connect("c//stdout");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let reader = tokio::spawn(read_all(bed.connect("c//stdout")));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        w.write_all(b"here").unwrap();
+        drop(w);
+        pumps.process_exited().await;
+        assert_eq!(reader.await.unwrap(), b"here");
     }
 
     #[test]

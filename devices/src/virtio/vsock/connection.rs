@@ -178,9 +178,9 @@ impl Connection {
         matches!(self.state, State::Flushing | State::Closed)
     }
 
-    /// The guest has asked for it and not been answered.
-    pub fn owes_response(&self) -> bool {
-        self.pending.response && matches!(self.state, State::Open)
+    /// The guest knows of it and has not heard of its end.
+    pub fn guest_waits(&self) -> bool {
+        self.guest_knows && !self.guest_is_done()
     }
 
     /// The reset that the guest is due when the connection ends now.

@@ -19,12 +19,11 @@ pub struct VsockState {
     guest_cid: u32,
     /// Where to go on looking for free host ports.
     pub next_local_port: u32,
-    /// There were connections, or the guest has not yet heard of the loss of earlier ones.
-    pub lost_connections: bool,
+    /// The guest has yet to be told to forget all connections.
+    pub resetting: bool,
     /// Connects held.
     pub held: Vec<Held>,
-    /// Resets that had not reached the guest, whose event does not cover them: those of
-    /// connects.
+    /// Resets that had not reached the guest, and those of the connections there were.
     pub resets: Vec<Ports>,
 }
 
@@ -34,7 +33,7 @@ impl VsockState {
         Self {
             guest_cid,
             next_local_port: FIRST_LOCAL_PORT,
-            lost_connections: false,
+            resetting: false,
             held: Vec::new(),
             resets: Vec::new(),
         }

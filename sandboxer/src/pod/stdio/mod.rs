@@ -19,6 +19,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use agent_api::rpc;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use vmm_core::vm::GuestStream;
@@ -29,7 +30,7 @@ use self::output::Output;
 use super::error::{PodError, Result};
 
 /// Where the streams of a process go, as the Task API names it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StdioPaths {
     /// Fifo to read from; empty: none.
     pub stdin: String,

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::mount::MsFlags;
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 pub(crate) use mount::{detach_below, mount_points_below};
@@ -31,7 +32,7 @@ pub(crate) const ROOTFS: &str = "rootfs";
 pub(crate) const MOUNTS: &str = "mounts";
 
 /// A mount as containerd's snapshotters describe it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootfsMount {
     /// `bind`, `overlay`, `ext4`, ...
     pub fstype: String,
@@ -44,7 +45,7 @@ pub struct RootfsMount {
 }
 
 /// A file or folder of the host that a container sees.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bind {
     /// On the host.
     pub source: PathBuf,
@@ -54,24 +55,29 @@ pub struct Bind {
     pub options: Vec<String>,
 }
 
+/// What a container's files are made of, enough to mount them again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// What makes up its root file system.
+    pub rootfs: Vec<RootfsMount>,
+    /// What else it sees of the host.
+    pub binds: Vec<Bind>,
+}
+
 /// Everything mounted on the host for one container; dropping it undoes it.
 #[derive(Debug)]
 pub struct ContainerStorage {
     mounts: Vec<MountGuard>,
     folder: PathBuf,
+    recipe: Recipe,
 }
 
 impl ContainerStorage {
-    /// Mounts `rootfs` and `binds` in a new folder `container` of `share`. Blocks.
+    /// Mounts what `recipe` lists in a new folder `container` of `share`. Blocks.
     ///
     /// # Errors
     /// Names the mount that failed; everything done before is undone.
-    pub fn prepare(
-        share: &Path,
-        container: &str,
-        rootfs: &[RootfsMount],
-        binds: &[Bind],
-    ) -> Result<Self> {
+    pub fn prepare(share: &Path, container: &str, recipe: Recipe) -> Result<Self> {
         let folder = share.join(container);
         let creating = || format!("creating {}", folder.display());
         let share = Dir::open(share).map_err(PodError::io(creating()))?;
@@ -81,15 +87,22 @@ impl ContainerStorage {
         let mut storage = Self {
             mounts: Vec::new(),
             folder: folder.clone(),
+            recipe: Recipe::default(),
         };
         let top = Arc::new(top);
-        storage.mount_rootfs(&top, rootfs)?;
+        storage.mount_rootfs(&top, &recipe.rootfs)?;
         let mounts = top.create_dir(MOUNTS).map_err(PodError::io(creating()))?;
         let mounts = Arc::new(mounts);
-        for bind in binds {
+        for bind in &recipe.binds {
             storage.bind(&mounts, bind)?;
         }
+        storage.recipe = recipe;
         Ok(storage)
+    }
+
+    /// What was mounted.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
     }
 
     fn mount_rootfs(&mut self, top: &Arc<Dir>, rootfs: &[RootfsMount]) -> Result<()> {

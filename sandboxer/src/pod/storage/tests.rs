@@ -4,6 +4,16 @@ use std::os::unix::net::UnixListener;
 
 use super::*;
 
+fn prepare(
+    share: &Path,
+    container: &str,
+    rootfs: &[RootfsMount],
+    binds: &[Bind],
+) -> Result<ContainerStorage> {
+    let (rootfs, binds) = (rootfs.to_vec(), binds.to_vec());
+    ContainerStorage::prepare(share, container, Recipe { rootfs, binds })
+}
+
 /// Whether this process may mount; prints why a test is skipped when it may not.
 fn can_mount() -> bool {
     let dir = tempfile::tempdir().unwrap();
@@ -82,7 +92,7 @@ fn shows_rootfs_and_volumes_and_takes_all_back() {
         bind_of(&f.volume.join("data"), "2", &["bind"]),
         bind_of(&socket, "3", &["bind"]),
     ];
-    let storage = ContainerStorage::prepare(&f.share, "c1", &rootfs_of(&f.image), &binds).unwrap();
+    let storage = prepare(&f.share, "c1", &rootfs_of(&f.image), &binds).unwrap();
     let c1 = f.share.join("c1");
     assert_eq!(
         fs::read_to_string(c1.join("rootfs/hello")).unwrap(),
@@ -112,8 +122,7 @@ fn a_failure_in_the_middle_leaves_nothing() {
         bind_of(&f.volume, "0", &["rbind"]),
         bind_of(Path::new("/nonexistent"), "1", &["rbind"]),
     ];
-    let error =
-        ContainerStorage::prepare(&f.share, "c1", &rootfs_of(&f.image), &binds).unwrap_err();
+    let error = prepare(&f.share, "c1", &rootfs_of(&f.image), &binds).unwrap_err();
     assert!(error.to_string().contains("/nonexistent"), "{error}");
     assert_eq!(mount_points_below(&f.share).unwrap(), Vec::<PathBuf>::new());
     assert!(!f.share.join("c1").exists());
@@ -126,7 +135,7 @@ fn a_link_planted_by_the_guest_is_not_followed() {
     let outside = f.root.path().join("outside");
     fs::create_dir(&outside).unwrap();
     symlink(&outside, f.share.join("c1")).unwrap();
-    let error = ContainerStorage::prepare(&f.share, "c1", &[], &[]).unwrap_err();
+    let error = prepare(&f.share, "c1", &[], &[]).unwrap_err();
     assert!(error.to_string().contains("c1"), "{error}");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
     assert!(f.share.join("c1").is_symlink(), "not ours to remove");
@@ -138,7 +147,7 @@ fn what_is_mounted_is_never_deleted() {
         return;
     }
     let f = fixture();
-    let storage = ContainerStorage::prepare(&f.share, "c1", &rootfs_of(&f.image), &[]).unwrap();
+    let storage = prepare(&f.share, "c1", &rootfs_of(&f.image), &[]).unwrap();
     let error = remove_tree(&f.share).unwrap_err();
     assert!(error.to_string().contains("still mounted"), "{error}");
     detach_below(&f.share).unwrap();
@@ -167,7 +176,7 @@ fn an_option_of_a_file_system_reaches_it() {
             format!("lowerdir={}", f.image.display()),
         ],
     }];
-    match ContainerStorage::prepare(&f.share, "c1", &rootfs, &[]) {
+    match prepare(&f.share, "c1", &rootfs, &[]) {
         Ok(_storage) => {
             let hello = f.share.join("c1/rootfs/hello");
             assert_eq!(fs::read_to_string(&hello).unwrap(), "image");

@@ -134,11 +134,11 @@ fn running_clones_are_stored_with_what_they_wrote() {
     let stored_at = runtime().block_on(async {
         clone.start().await.unwrap();
         printed(&clone, "..").await;
-        clone.store(dir.path(), "pod").unwrap();
+        clone.snapshot(dir.path(), "pod").await.unwrap();
         let stored_at = count(&clone);
         assert!(stored_at > counted);
         // It goes on, and its copy stays.
-        clone.go_on().unwrap();
+        clone.resume().await.unwrap();
         while count(&clone) == stored_at {
             tokio::task::yield_now().await;
         }

@@ -14,26 +14,27 @@ use crate::virtio::vsock::state::{MAX_RESETS, VsockState};
 impl Muxer {
     /// What a snapshot keeps.
     pub fn save(&self, state: &mut VsockState) {
-        let connections = || self.entries.values().map(|entry| &entry.connection);
         state.next_local_port = self.next_local_port;
-        state.lost_connections =
-            self.resetting || connections().any(|connection| !connection.guest_is_done());
+        state.resetting = self.resetting;
         state.held = self.held.iter().copied().collect();
-        // The event does not end a connect of the guest: that waits for its answer.
-        let unanswered = connections()
-            .filter(|connection| connection.owes_response())
+        // Their streams end in this process. Resets, not the event that resets all: with
+        // that, Linux reports an error on its sockets and nothing to read, and a program
+        // that waits to read waits on.
+        let connections = self.entries.values().map(|entry| &entry.connection);
+        let lost = connections
+            .filter(|connection| connection.guest_waits())
             .map(Connection::ports);
         let replies = self.replies.iter().map(|reply| Ports {
             local: reply.src_port,
             peer: reply.dst_port,
         });
-        state.resets = replies.chain(unanswered).take(MAX_RESETS).collect();
+        state.resets = replies.chain(lost).take(MAX_RESETS).collect();
     }
 
     /// Takes what another process has saved.
     pub fn restore(&mut self, state: VsockState) {
         self.next_local_port = state.next_local_port;
-        self.resetting = state.lost_connections;
+        self.resetting = state.resetting;
         self.host
             .keep_holding(state.held.iter().map(|dial| dial.ports.local));
         self.held = HeldDials::restored(state.held).unwrap_or_default();

@@ -1,0 +1,347 @@
+//! Pods on disk: a running pod written to a folder, and a pod that goes on from one.
+//!
+//! The folder holds the machine (`state` and `memory`, see [`vmm_core::Snapshot`]) and
+//! `pod.json`, written last: what the pod was asked to be, and what the host mounted and
+//! opened for its containers. Files of containers are not copied: what was mounted must be
+//! there again. Byte streams of init processes are opened anew; an exec goes on without.
+
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use prost::Message;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tracing::{Instrument, info, info_span};
+use vmm_core::vm::{ExitReason, Vm, VmError};
+
+use super::containers::owner;
+use super::process::{Exit, Process, ProcessState};
+use super::stdio::{HostStdio, StdioPaths};
+use super::storage::{ContainerStorage, Recipe};
+use super::{Container, Machine, Phase, Pod, PodEnvironment, PodError, PodRequest, Result, lock};
+use crate::agent::{AgentClient, AgentEvent};
+use crate::rpc::cri::PodSandboxConfig;
+
+const FILE: &str = "pod.json";
+/// Counts changes of the file's fields.
+const VERSION: u32 = 1;
+
+/// What `pod.json` holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedPod {
+    version: u32,
+    id: String,
+    netns: Option<PathBuf>,
+    /// `runtime.v1.PodSandboxConfig`.
+    config: Vec<u8>,
+    vcpus: u32,
+    memory_bytes: u64,
+    containers: Vec<SavedContainer>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedContainer {
+    id: String,
+    bundle: PathBuf,
+    namespace: String,
+    stdio: StdioPaths,
+    pid: u32,
+    /// The exit code of one that has ended.
+    exit_code: Option<u32>,
+    paused: bool,
+    recipe: Recipe,
+}
+
+impl Pod {
+    /// Stops the pod's vCPUs; everything in it stands still.
+    ///
+    /// # Errors
+    /// The pod is not ready, or a vCPU does not stop in time.
+    pub async fn pause_machine(&self) -> Result<()> {
+        let machine = self.machine()?;
+        machine.vm.pause().await.map_err(|e| self.vm_error(e))?;
+        info!(pod = self.id(), "paused");
+        Ok(())
+    }
+
+    /// Lets a paused pod run again, with the time that it is now.
+    ///
+    /// # Errors
+    /// The pod is not ready, or a device does not go on.
+    pub async fn resume_machine(&self) -> Result<()> {
+        let machine = self.machine()?;
+        machine.vm.resume().await.map_err(|e| self.vm_error(e))?;
+        machine.agent.setup_sandbox(self.setup()).await?;
+        info!(pod = self.id(), "resumed");
+        Ok(())
+    }
+
+    /// Writes the pod to `dir`, an empty folder. Its machine stays paused.
+    ///
+    /// # Errors
+    /// The pod is not ready, a container is being created or started, `dir` is not empty, or
+    /// it cannot be written: the pod runs on then.
+    pub async fn save(self: &Arc<Self>, dir: &Path) -> Result<()> {
+        let pod = Arc::clone(self);
+        let dir = dir.to_owned();
+        // Carried through even if the caller goes away.
+        let work = async move {
+            let saved = pod.write(&dir).await;
+            if saved.is_err()
+                && let Ok(machine) = pod.machine()
+                && let Err(e) = machine.vm.resume().await
+            {
+                tracing::error!(pod = pod.id(), "does not go on: {e}");
+            }
+            saved
+        };
+        self.operations
+            .spawn(work)
+            .await
+            .unwrap_or(Err(PodError::Cancelled("the snapshot")))
+    }
+
+    /// Ends a pod that stands still: its guest is not asked.
+    ///
+    /// # Errors
+    /// Its machine does not end in time.
+    pub async fn discard(self: &Arc<Self>) -> Result<()> {
+        if self.advance(|phase| *phase == Phase::Ready, Phase::Stopping) {
+            self.end(self.environment.timeouts.stop, false).await?;
+        }
+        Ok(())
+    }
+
+    async fn write(&self, dir: &Path) -> Result<()> {
+        let machine = self.machine()?;
+        let containers = self.describe_containers()?;
+        let failed = |what: &str| PodError::io(format!("{what} {}", dir.display()));
+        let mut entries = fs::read_dir(dir).map_err(failed("reading"))?;
+        if entries.next().is_some() {
+            return Err(PodError::invalid(
+                "dir",
+                dir.display().to_string(),
+                "must be an empty folder",
+            ));
+        }
+        let saved = machine.vm.snapshot(dir, &self.label()).await;
+        saved.map_err(|e| self.vm_error(e))?;
+        let request = self.machine_request()?;
+        let saved = SavedPod {
+            version: VERSION,
+            id: self.id().to_owned(),
+            netns: self.request.netns.clone(),
+            config: self.request.config.encode_to_vec(),
+            vcpus: request.vcpus,
+            memory_bytes: request.memory_bytes,
+            containers,
+        };
+        let text = serde_json::to_vec_pretty(&saved)
+            .map_err(|e| failed("describing the pod in")(std::io::Error::from(e)))?;
+        let path = dir.join(FILE);
+        let written = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|mut file| {
+                std::io::Write::write_all(&mut file, &text)?;
+                file.sync_all()
+            });
+        written.map_err(failed("writing the pod to"))?;
+        info!(pod = self.id(), "written to {}", dir.display());
+        Ok(())
+    }
+
+    fn describe_containers(&self) -> Result<Vec<SavedContainer>> {
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        let describe = |container: &Arc<Container>| {
+            let init = container.init();
+            let exit_code = match init.state() {
+                ProcessState::Running => None,
+                ProcessState::Exited(exit) => Some(exit.code),
+                _ => return Err(init.wrong_state("write to disk")),
+            };
+            Ok(SavedContainer {
+                id: container.id().to_owned(),
+                bundle: container.bundle().to_owned(),
+                namespace: container.namespace().to_owned(),
+                stdio: init.stdio_paths().clone(),
+                pid: init.pid(),
+                exit_code,
+                paused: container.is_paused(),
+                recipe: container.recipe().unwrap_or_default(),
+            })
+        };
+        containers.iter().map(describe).collect()
+    }
+
+    /// Ties the machine's files to this pod.
+    fn label(&self) -> String {
+        format!(
+            "pod {} of {}",
+            self.id(),
+            self.environment.backend.identity()
+        )
+    }
+
+    /// Makes the pod of a folder, not started. Blocks.
+    ///
+    /// # Errors
+    /// The folder holds no pod, one of another version, or the id is taken.
+    pub fn from_disk(dir: &Path, environment: Arc<PodEnvironment>) -> Result<Self> {
+        let saved = SavedPod::read(dir)?;
+        let config = PodSandboxConfig::decode(saved.config.as_slice()).map_err(|e| {
+            PodError::invalid("dir", dir.display().to_string(), format!("damaged: {e}"))
+        })?;
+        let netns = saved.netns.unwrap_or_default();
+        let request = PodRequest::new(&saved.id, &netns.to_string_lossy(), config)?;
+        Self::create(request, environment)
+    }
+
+    /// After [`Pod::begin_start`] of a pod [`Pod::from_disk`]: lets it go on from there.
+    ///
+    /// # Errors
+    /// A mount is no longer possible, the machine cannot be restored, or its agent does not
+    /// answer. The machine is gone then and the pod is of no further use.
+    pub async fn restore(self: &Arc<Self>, dir: &Path) -> Result<()> {
+        let span = info_span!("pod", pod = self.id());
+        let mut vm = None;
+        let restored = self.go_on(dir, &mut vm).instrument(span.clone()).await;
+        match restored {
+            Ok(events) => {
+                let watcher = Arc::clone(self).watch(events);
+                tokio::spawn(watcher.instrument(span));
+                info!(pod = self.id(), "goes on from {}", dir.display());
+                Ok(())
+            }
+            Err(e) => {
+                if let Some(vm) = vm {
+                    self.end_machine(vm).await;
+                }
+                self.fail_start(&e).await;
+                Err(e)
+            }
+        }
+    }
+
+    async fn go_on(
+        self: &Arc<Self>,
+        dir: &Path,
+        slot: &mut Option<Arc<dyn Vm>>,
+    ) -> Result<mpsc::Receiver<AgentEvent>> {
+        let saved = SavedPod::read(dir)?;
+        self.mount_again(&saved).await?;
+        let mut request = self.machine_request()?;
+        request.vcpus = saved.vcpus;
+        request.memory_bytes = saved.memory_bytes;
+        let backend = &self.environment.backend;
+        let restored = backend.restore(request, dir, &self.label()).await;
+        let vm = Arc::clone(slot.insert(restored.map_err(|e| self.vm_error(e))?));
+        let bring_up = async {
+            let listener = vm.listen(agent_api::CONTROL_PORT);
+            let listener = listener.map_err(|e| self.vm_error(e))?;
+            vm.start().await.map_err(|e| self.vm_error(e))?;
+            let connected = AgentClient::connect(listener, self.limits()).await?;
+            connected.client.setup_sandbox(self.setup()).await?;
+            let machine = Arc::new(Machine {
+                vm: Arc::clone(&vm),
+                agent: connected.client,
+                ready: connected.ready,
+            });
+            for saved in &saved.containers {
+                self.adopt(&machine, saved).await?;
+            }
+            Ok::<_, PodError>((machine, connected.events))
+        };
+        let mut exited = vm.exited();
+        let (machine, events) = tokio::select! {
+            biased;
+            () = self.give_up.cancelled() => return Err(PodError::Cancelled("the restore")),
+            ended = exited.wait_for(Option::is_some) => {
+                let reason = ended.ok().and_then(|reason| reason.clone());
+                let reason = reason.unwrap_or(ExitReason::Stopped);
+                return Err(self.vm_error(VmError::Exited(reason)));
+            }
+            up = bring_up => up?,
+        };
+        *lock(&self.machine) = Some(machine);
+        if self.advance(|phase| *phase == Phase::Starting, Phase::Ready) {
+            return Ok(events);
+        }
+        lock(&self.machine).take();
+        Err(PodError::Cancelled("the restore"))
+    }
+
+    /// What the guest has open must be there before the machine is.
+    async fn mount_again(&self, saved: &SavedPod) -> Result<()> {
+        let share = lock(&self.share)
+            .as_ref()
+            .map(|share| share.path().to_owned())
+            .ok_or_else(|| self.wrong_phase("restore"))?;
+        for saved in &saved.containers {
+            let container = Container::new(
+                &saved.id,
+                &saved.bundle,
+                &saved.namespace,
+                saved.stdio.clone(),
+            );
+            container.set_paused(saved.paused);
+            let (share, id, recipe) = (share.clone(), saved.id.clone(), saved.recipe.clone());
+            let mounting =
+                tokio::task::spawn_blocking(move || ContainerStorage::prepare(&share, &id, recipe));
+            let storage = mounting
+                .await
+                .unwrap_or(Err(PodError::Cancelled("mounting the files")))?;
+            container.set_storage(storage);
+            lock(&self.containers).insert(saved.id.clone(), Arc::new(container));
+        }
+        Ok(())
+    }
+
+    /// Takes a container's init process over from the guest.
+    async fn adopt(&self, machine: &Arc<Machine>, saved: &SavedContainer) -> Result<()> {
+        let container = self.container(&saved.id)?;
+        let init: &Process = container.init();
+        if let Some(code) = saved.exit_code {
+            init.exited(Exit::now(code));
+            return Ok(());
+        }
+        let host = HostStdio::open(&saved.stdio, &owner(&saved.namespace, &saved.id)).await?;
+        let stdio = self.wire_stdio(machine, init, host).await?;
+        init.created(saved.pid, stdio);
+        init.begin_start()?;
+        init.started(saved.pid);
+        Ok(())
+    }
+
+    fn vm_error(&self, source: VmError) -> PodError {
+        PodError::Vm {
+            pod: self.id().to_owned(),
+            source,
+        }
+    }
+}
+
+impl SavedPod {
+    fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(FILE);
+        let text = fs::read(&path).map_err(PodError::io(format!("reading {}", path.display())))?;
+        let saved: Self = serde_json::from_slice(&text).map_err(|e| {
+            PodError::invalid("dir", path.display().to_string(), format!("damaged: {e}"))
+        })?;
+        if saved.version != VERSION {
+            return Err(PodError::invalid(
+                "dir",
+                path.display().to_string(),
+                format!(
+                    "has version {}, this daemon reads {VERSION}: write it again",
+                    saved.version
+                ),
+            ));
+        }
+        Ok(saved)
+    }
+}

@@ -1,0 +1,99 @@
+//! Pods that stand still: in memory, and on disk while their daemon is away.
+#![allow(
+    clippy::expect_used,
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    reason = "the whole file is a test"
+)]
+
+use std::fs;
+use std::time::Duration;
+
+use e2e::World;
+use harness::daemon::Daemon;
+use harness::{eventually, kvm_missing, skip_if};
+
+/// Counts in a shell variable, which is nowhere but in guest memory, and writes each number to
+/// the terminal and to a file that stays open.
+const COUNT: &str = "exec 5>>/data/count; n=0; \
+                     while :; do n=$((n+1)); echo $n; echo $n >&5; sleep 1; done";
+
+const SLOW: Duration = Duration::from_secs(300);
+
+fn last(text: &str) -> u32 {
+    let line = text.lines().last().unwrap_or("0");
+    line.parse().unwrap_or_else(|_| panic!("{text:?}"))
+}
+
+#[test]
+fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
+    skip_if!(kvm_missing());
+    let mut world = World::new();
+    let data = world.scratch().join("data");
+    fs::create_dir(&data).unwrap();
+    let file = data.join("count");
+    let counted = || last(&fs::read_to_string(&file).unwrap_or_default());
+    let volume = format!("{}:/data", data.display());
+    let rootfs = world.rootfs.to_str().unwrap().to_owned();
+    #[rustfmt::skip]
+    let run = world.ctl.run([
+        "run", "--detach", "--name", "counter", "--volume", &volume, "--rootfs", &rootfs, "--",
+        "/bin/sh", "-c", COUNT,
+    ]);
+    run.expect_code(0);
+    let reaches = |count| eventually("the counter", SLOW, || (counted() >= count).then_some(()));
+    reaches(2);
+
+    // In memory.
+    world.ctl.run(["pause", "counter"]).expect_code(0);
+    let paused_at = counted();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(counted(), paused_at, "it counted while it was paused");
+    world.ctl.run(["resume", "counter"]).expect_code(0);
+    reaches(paused_at + 1);
+
+    // On disk, the pod going on.
+    let copy = world.scratch().join("copy");
+    let copy = copy.to_str().unwrap();
+    let snapshot = world
+        .ctl
+        .run(["snapshot", "--keep-running", "--to", copy, "counter"]);
+    snapshot.expect_code(0);
+    let kept_at = counted();
+    reaches(kept_at + 1);
+    // A folder that is not empty is refused, and the pod goes on all the same.
+    let again = world.ctl.run(["snapshot", "--to", copy, "counter"]);
+    again.expect_code(125);
+    assert!(again.stderr.contains("empty folder"), "{again:?}");
+    let refused_at = counted();
+    reaches(refused_at + 1);
+
+    // On disk, and the daemon gone.
+    world.ctl.run(["snapshot", "counter"]).expect_code(0);
+    let saved_at = counted();
+    world.assert_nothing_left();
+    world.daemon.terminate();
+    let next = Daemon::restart(&mut world.daemon);
+    world.daemon = next;
+    world.ctl.run(["restore", "counter"]).expect_code(0);
+    reaches(saved_at + 2);
+    let text = fs::read_to_string(&file).unwrap();
+    let numbers: Vec<u32> = text.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(
+        numbers.iter().copied().eq(1..=last(&text)),
+        "no number is missing and none comes twice: {numbers:?}"
+    );
+
+    // The pod is whole: exec, logs, and the end.
+    let exec = world
+        .ctl
+        .run(["exec", "counter", "--", "/bin/cat", "/data/count"]);
+    assert!(last(&exec.expect_code(0).stdout) > saved_at);
+    let logs = world.ctl.run(["logs", "counter"]);
+    assert!(last(&logs.expect_code(0).stdout) > saved_at, "{logs:?}");
+    world
+        .ctl
+        .run(["stop", "--time", "1s", "counter"])
+        .expect_code(0);
+    world.ctl.run(["rm", "counter"]).expect_code(0);
+}
