@@ -137,11 +137,10 @@ impl Streams {
     /// Forgets a name and closes what is parked under it.
     pub fn release(&self, id: &StreamId) {
         let mut slots = self.lock();
-        match slots.by_id.remove(id) {
-            Some(Slot::Parked { .. } | Slot::Claimed { next: Some(_), .. }) => {
-                slots.parked = slots.parked.saturating_sub(1);
-            }
-            _ => {}
+        if let Some(Slot::Parked { .. } | Slot::Claimed { next: Some(_), .. }) =
+            slots.by_id.remove(id)
+        {
+            slots.parked = slots.parked.saturating_sub(1);
         }
     }
 

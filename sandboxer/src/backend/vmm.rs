@@ -156,8 +156,7 @@ impl VmmBackend {
         let mut machine = self.guest_config("template", vcpus, memory_bytes);
         let (fs, limit) = (self.fs.clone(), self.boot_limit);
         let make = move |share: &Path| {
-            machine.devices =
-                devices(&fs, share, None).map_err(|err| BuildTemplateError::Start(err))?;
+            machine.devices = devices(&fs, share, None).map_err(BuildTemplateError::Start)?;
             Ok(TemplateMachine {
                 config: machine,
                 limit,
