@@ -88,7 +88,7 @@ fn save(args: &[String], dir: &Path, to: &Path) -> Result<(), String> {
     let end = Instant::now() + LIMIT;
     loop {
         let state = vmm.qmp("query-migrate", &Value::Null)?;
-        match state["return"]["status"].as_str() {
+        match status(&state) {
             Some("completed") => return Ok(()),
             Some("failed") => return Err(format!("migration failed: {state}")),
             _ if Instant::now() > end => return Err("migration takes too long".to_owned()),
@@ -105,7 +105,7 @@ fn restore(args: &[String], dir: &Path, from: &Path) -> Result<f64, String> {
     let end = Instant::now() + LIMIT;
     loop {
         let state = vmm.qmp("query-status", &Value::Null)?;
-        if state["return"]["status"] == "paused" {
+        if status(&state) == Some("paused") {
             break;
         }
         if Instant::now() > end {
@@ -114,6 +114,11 @@ fn restore(args: &[String], dir: &Path, from: &Path) -> Result<f64, String> {
     }
     vmm.qmp("cont", &Value::Null)?;
     Ok(millis(begin.elapsed()))
+}
+
+/// The status in an answer.
+fn status(answer: &Value) -> Option<&str> {
+    answer.pointer("/return/status").and_then(Value::as_str)
 }
 
 /// A running QEMU and its control connection; killed on drop.
@@ -169,10 +174,11 @@ impl Qemu {
 
     /// Runs a command; events on the way are skipped.
     fn qmp(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
-        let mut request = json!({ "execute": command });
-        if !arguments.is_null() {
-            request["arguments"] = arguments.clone();
-        }
+        let request = if arguments.is_null() {
+            json!({ "execute": command })
+        } else {
+            json!({ "execute": command, "arguments": arguments })
+        };
         writeln!(self.control.get_mut(), "{request}").map_err(|e| e.to_string())?;
         loop {
             let answer = self.line()?;
