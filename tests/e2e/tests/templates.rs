@@ -131,7 +131,7 @@ fn a_daemon_killed_while_it_builds_leaves_nothing_to_the_next() {
         .ctl
         .spawn(["run", "--rootfs", rootfs, "--", "/bin/true"]);
     let building = || fs::read_dir(templates.path()).unwrap().flatten().next();
-    eventually("the build", SLOW, || building());
+    eventually("the build", SLOW, building);
     kill(
         Pid::from_raw(doomed.daemon.pid().cast_signed()),
         Signal::SIGKILL,
