@@ -25,7 +25,7 @@ run: setup build guest $(DEMO) ## Set up, build, and run a container in a microV
 		-- /bin/sh -c 'echo "Hello from Linux $$(uname -r), pid $$$$ of $$(hostname), $$(nproc) CPU"'
 
 .PHONY: test
-test: setup agent ## Set up, build, and run all tests
+test: setup agent containerd ## Set up, build, and run all tests
 	$(STEP) "compile the tests" -- $(CARGO) test --workspace --no-run
 	$(STEP) "build the CLI and the daemon" -- $(CARGO) build --workspace --bins
 	$(MAKE) --no-print-directory guest PROFILE=debug
@@ -54,6 +54,11 @@ guest: ## Build the guest kernel and initramfs (cached by the hash of their inpu
 
 $(DEMO): scripts/demo-rootfs
 	$(STEP) "make a demo root file system" -- scripts/demo-rootfs $@
+
+# Tests that need it say `skipped:` without it, so that a host without Debian's archive can test.
+.PHONY: containerd
+containerd: ## Get containerd and the CNI plugins for the tests (unpacked in the cache, not installed)
+	-$(STEP) "get containerd for the tests" -- scripts/containerd
 
 .PHONY: lint
 lint: ## Format, clippy, dependency rules

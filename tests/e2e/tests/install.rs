@@ -14,7 +14,8 @@ use std::process::Command;
 use harness::{bin_dir, skip_if};
 
 /// Everything below DESTDIR, with its mode; the manual has a page per command besides.
-const INSTALLED: [(&str, u32); 9] = [
+const INSTALLED: [(&str, u32); 10] = [
+    ("opt/k/bin/containerd-shim-kuasar-vmm-v1", 0o755),
     ("opt/k/bin/kuasar-ctl", 0o755),
     ("opt/k/bin/vmm-sandboxer", 0o755),
     ("opt/k/lib/systemd/system/vmm-sandboxer.service", 0o644),

@@ -11,10 +11,14 @@
     clippy::indexing_slicing
 )]
 
+pub mod cgroup;
+pub mod containerd;
+pub mod cri;
 pub mod ctl;
 pub mod daemon;
 pub mod image;
 pub mod leftovers;
+pub mod netns;
 pub mod pty;
 pub mod rootfs;
 

@@ -1,0 +1,389 @@
+//! containerd with our daemon as its sandboxer, used through CRI as the kubelet uses it.
+#![allow(
+    clippy::expect_used,
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    reason = "the whole file is a test"
+)]
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use e2e::World;
+use harness::cgroup::PodCgroup;
+use harness::containerd::{Containerd, HANDLER, Options, containerd_missing};
+use harness::cri::v1;
+use harness::image::{Image, Layer};
+use harness::{eventually, kvm_missing, skip_if};
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+const IMAGE: &str = "docker.io/library/box:1";
+
+/// A container's state may reach CRI a moment after the fact.
+const SOON: Duration = Duration::from_secs(30);
+
+/// containerd beside the daemon of a [`World`], with an image.
+struct Node {
+    containerd: Containerd,
+    world: World,
+}
+
+impl Node {
+    fn new(options: &Options) -> Self {
+        let world = World::new();
+        let containerd = Containerd::start(&world.daemon, options);
+        let layer = Layer::new().tree(&world.rootfs, "".as_ref());
+        let config = json!({"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["/bin/sleep", "7"]});
+        let archive = world.scratch().join("box.tar");
+        let archive = Image::new([layer], &config).docker_archive(&archive, IMAGE);
+        containerd.import(&archive, IMAGE);
+        Self { containerd, world }
+    }
+
+    fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
+        v1::PodSandboxConfig {
+            metadata: Some(v1::PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "default".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: self.logs().to_string_lossy().into_owned(),
+            dns_config: Some(v1::DnsConfig {
+                servers: vec!["10.96.0.10".to_owned()],
+                searches: vec!["svc.local".to_owned()],
+                options: vec![],
+            }),
+            labels: [("app".to_owned(), name.to_owned())].into(),
+            ..Default::default()
+        }
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.world.scratch().join("logs")
+    }
+
+    fn run_pod(&self, name: &str) -> Pod<'_> {
+        self.run_pod_of(self.pod_config(name))
+    }
+
+    fn run_pod_of(&self, config: v1::PodSandboxConfig) -> Pod<'_> {
+        let request = v1::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: HANDLER.to_owned(),
+        };
+        let id = self.containerd.cri.run_pod_sandbox(request).unwrap();
+        Pod {
+            node: self,
+            id: id.pod_sandbox_id,
+            config,
+        }
+    }
+
+    fn pods(&self) -> Vec<v1::PodSandbox> {
+        let request = v1::ListPodSandboxRequest::default();
+        self.containerd.cri.list_pod_sandbox(request).unwrap().items
+    }
+
+    fn pod_state(&self, id: &str) -> v1::PodSandboxState {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: id.to_owned(),
+            verbose: false,
+        };
+        let status = self.containerd.cri.pod_sandbox_status(request).unwrap();
+        status.status.unwrap().state()
+    }
+
+    fn status(&self, container: &str) -> v1::ContainerStatus {
+        let request = v1::ContainerStatusRequest {
+            container_id: container.to_owned(),
+            verbose: false,
+        };
+        let status = self.containerd.cri.container_status(request).unwrap();
+        status.status.unwrap()
+    }
+
+    fn exited(&self, container: &str) -> v1::ContainerStatus {
+        eventually("the container's end", SOON, || {
+            let status = self.status(container);
+            (status.state() == v1::ContainerState::ContainerExited).then_some(status)
+        })
+    }
+
+    fn exec(&self, container: &str, script: &str) -> (String, String, i32) {
+        let request = v1::ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd: ["/bin/sh", "-c", script].map(str::to_owned).into(),
+            timeout: 120,
+        };
+        let done = self.containerd.cri.exec_sync(request).unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (text(done.stdout), text(done.stderr), done.exit_code)
+    }
+
+    fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.logs().join(format!("{name}.log"))).unwrap_or_default()
+    }
+
+    fn stop_container(&self, id: &str, seconds: i64) {
+        let request = v1::StopContainerRequest {
+            container_id: id.to_owned(),
+            timeout: seconds,
+        };
+        self.containerd.cri.stop_container(request).unwrap();
+    }
+
+    fn remove_container(&self, id: &str) {
+        let request = v1::RemoveContainerRequest {
+            container_id: id.to_owned(),
+        };
+        self.containerd.cri.remove_container(request).unwrap();
+    }
+
+    fn stop_pod(&self, id: &str) {
+        let request = v1::StopPodSandboxRequest {
+            pod_sandbox_id: id.to_owned(),
+        };
+        self.containerd.cri.stop_pod_sandbox(request).unwrap();
+    }
+
+    fn remove_pod(&self, id: &str) {
+        let request = v1::RemovePodSandboxRequest {
+            pod_sandbox_id: id.to_owned(),
+        };
+        self.containerd.cri.remove_pod_sandbox(request).unwrap();
+    }
+
+    /// Nothing of any pod is left, around containerd and in the daemon.
+    fn assert_nothing_left(self) {
+        assert_eq!(self.pods(), []);
+        assert_eq!(self.containerd.leftovers(), [""; 0]);
+        let links = self.containerd.netns().ip("-o link");
+        assert!(!links.contains("veth"), "{links}");
+        // Its connections to the daemon end with it.
+        drop(self.containerd);
+        self.world.assert_nothing_left();
+    }
+}
+
+struct Pod<'a> {
+    node: &'a Node,
+    id: String,
+    config: v1::PodSandboxConfig,
+}
+
+impl Pod<'_> {
+    /// A container that runs a shell script, created and not started.
+    fn create(&self, name: &str, script: &str) -> String {
+        let config = v1::ContainerConfig {
+            metadata: Some(v1::ContainerMetadata {
+                name: name.to_owned(),
+                attempt: 0,
+            }),
+            image: Some(v1::ImageSpec {
+                image: IMAGE.to_owned(),
+                ..Default::default()
+            }),
+            command: ["/bin/sh", "-c", script].map(str::to_owned).into(),
+            envs: vec![v1::KeyValue {
+                key: "GIVEN".to_owned(),
+                value: "too".to_owned(),
+            }],
+            log_path: format!("{name}.log"),
+            ..Default::default()
+        };
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let cri = &self.node.containerd.cri;
+        cri.create_container(request).unwrap().container_id
+    }
+
+    fn run(&self, name: &str, script: &str) -> String {
+        let container_id = self.create(name, script);
+        let request = v1::StartContainerRequest {
+            container_id: container_id.clone(),
+        };
+        self.node.containerd.cri.start_container(request).unwrap();
+        container_id
+    }
+}
+
+#[test]
+fn a_pod_of_the_kubelet_runs_in_a_vm_and_leaves_nothing() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let node = Node::new(&Options::default());
+    let cri = &node.containerd.cri;
+    let pod = node.run_pod("first");
+
+    let listed = node.pods();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].state(), v1::PodSandboxState::SandboxReady);
+    assert_eq!(listed[0].labels["app"], "first");
+    assert!(listed[0].created_at > 0);
+    let verbose = cri
+        .pod_sandbox_status(v1::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: true,
+        })
+        .unwrap();
+    assert!(verbose.info["info"].contains("in-process"), "{verbose:?}");
+    let network = verbose.status.unwrap().network.unwrap();
+    assert!(network.ip.starts_with("10.213.7."), "{network:?}");
+
+    // Output of both streams lands in the log that CRI writes.
+    let main = pod.run(
+        "main",
+        "trap 'echo got TERM; exit 3' TERM; echo $FROM_IMAGE $GIVEN $(hostname); \
+         echo oops >&2; while :; do sleep 1; done",
+    );
+    assert_eq!(
+        node.status(&main).state(),
+        v1::ContainerState::ContainerRunning
+    );
+    let log = eventually("the container's output", SOON, || {
+        let log = node.log("main");
+        (log.lines().count() >= 2).then_some(log)
+    });
+    assert!(log.contains(" stdout F yes too first\n"), "{log}");
+    assert!(log.contains(" stderr F oops\n"), "{log}");
+
+    let (stdout, stderr, code) = node.exec(
+        &main,
+        "cat /etc/resolv.conf /etc/hostname; echo bad >&2; exit 9",
+    );
+    assert_eq!(
+        stdout, "search svc.local\nnameserver 10.96.0.10\nfirst\n",
+        "what the pod asked for is in its files"
+    );
+    assert_eq!((stderr.as_str(), code), ("bad\n", 9));
+
+    // A second container shares the guest, and has files and processes of its own.
+    let side = pod.run("side", "hostname; exit 4");
+    let ended = node.exited(&side);
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (4, "Error"));
+    assert!(ended.finished_at >= ended.started_at && ended.started_at > 0);
+    assert!(node.log("side").contains(" stdout F first\n"));
+    node.remove_container(&side);
+
+    let stats = cri
+        .container_stats(v1::ContainerStatsRequest {
+            container_id: main.clone(),
+        })
+        .unwrap();
+    let stats = stats.stats.unwrap();
+    let cpu = stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value;
+    let memory = stats.memory.unwrap().working_set_bytes.unwrap().value;
+    assert!(cpu > 1_000_000, "{cpu} ns of CPU time");
+    assert!((4096..1 << 27).contains(&memory), "{memory} bytes");
+    // TERM first, which this container answers.
+    node.stop_container(&main, 60);
+    let ended = node.exited(&main);
+    assert_eq!(ended.exit_code, 3);
+    assert!(node.log("main").contains(" stdout F got TERM\n"));
+    node.remove_container(&main);
+
+    node.stop_pod(&pod.id);
+    assert_eq!(
+        node.pod_state(&pod.id),
+        v1::PodSandboxState::SandboxNotready
+    );
+    node.stop_pod(&pod.id);
+    node.remove_pod(&pod.id);
+    node.remove_pod(&pod.id);
+    node.assert_nothing_left();
+}
+
+#[test]
+fn a_container_that_ignores_term_is_killed() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let node = Node::new(&Options::default());
+    let pod = node.run_pod("stubborn");
+    let deaf = pod.run("deaf", "trap '' TERM; echo up; while :; do sleep 1; done");
+    let begun = Instant::now();
+    node.stop_container(&deaf, 2);
+    assert!(begun.elapsed() >= Duration::from_secs(2));
+    assert_eq!(node.exited(&deaf).exit_code, 137);
+
+    // A created container that never ran goes as well, and a pod takes with it what runs.
+    let _created = pod.create("created", "echo never");
+    let _running = pod.run("running", "sleep 1000");
+    node.remove_pod(&pod.id);
+    node.assert_nothing_left();
+}
+
+/// containerd takes the figures of a pod from the cgroup that the kubelet made for it, and
+/// those of its containers from us.
+#[test]
+fn stats_of_a_pod_list_its_containers() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let cgroup = PodCgroup::new("kuasar-pod");
+    skip_if!(cgroup.as_ref().err());
+    let cgroup = cgroup.unwrap();
+    let node = Node::new(&Options::default());
+    let mut config = node.pod_config("counted");
+    config.linux = Some(v1::LinuxPodSandboxConfig {
+        cgroup_parent: cgroup.path(),
+        ..Default::default()
+    });
+    let pod = node.run_pod_of(config);
+    let busy = pod.run("busy", "while :; do :; done");
+    let sample = || {
+        let request = v1::PodSandboxStatsRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        let stats = node.containerd.cri.pod_sandbox_stats(request).unwrap();
+        let mut stats = stats.stats.unwrap().linux.unwrap();
+        assert_eq!(stats.containers.len(), 1, "{stats:?}");
+        let container = stats.containers.pop().unwrap();
+        assert_eq!(container.attributes.unwrap().id, busy);
+        container
+            .cpu
+            .unwrap()
+            .usage_core_nano_seconds
+            .unwrap()
+            .value
+    };
+    let first = sample();
+    eventually("CPU time of a busy container", SOON, || {
+        (sample() > first + 100_000_000).then_some(())
+    });
+    node.remove_pod(&pod.id);
+    node.assert_nothing_left();
+}
+
+#[test]
+fn pods_survive_a_restart_of_containerd() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let mut node = Node::new(&Options::default());
+    let pod = node.run_pod("survivor");
+    let script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done";
+    let (id, container) = (pod.id.clone(), pod.run("main", script));
+    let created_at = node.status(&container).created_at;
+
+    // Not asked politely: what it had to tell us it did not.
+    node.containerd.restart(Signal::SIGKILL);
+    assert_eq!(node.pod_state(&id), v1::PodSandboxState::SandboxReady);
+    let status = node.status(&container);
+    assert_eq!(status.state(), v1::ContainerState::ContainerRunning);
+    assert_eq!(status.created_at, created_at);
+    let (stdout, _, code) = node.exec(&container, "echo still here");
+    assert_eq!((stdout.as_str(), code), ("still here\n", 0));
+    let lines = node.log("main").lines().count();
+    eventually("more output in the log", SOON, || {
+        (node.log("main").lines().count() > lines).then_some(())
+    });
+
+    node.stop_container(&container, 1);
+    assert_eq!(node.exited(&container).exit_code, 137);
+    node.remove_pod(&id);
+    node.assert_nothing_left();
+}

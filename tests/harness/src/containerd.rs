@@ -1,0 +1,387 @@
+//! A containerd of the test's own, with our daemon as its sandboxer.
+//!
+//! Its files, sockets and state lie in a temporary folder, and it runs in a network namespace
+//! of its own, so that the bridge of its pods and everything else CNI makes ends with it.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::cri::{Cri, v1};
+use crate::daemon::Daemon;
+use crate::netns::NetNs;
+use crate::{bin_dir, eventually};
+
+/// Name of the runtime handler and of the sandboxer behind it.
+pub const HANDLER: &str = "kuasar-vmm";
+
+/// The shim that containerd looks for on its PATH when it loads what it left.
+pub const SHIM: &str = "containerd-shim-kuasar-vmm-v1";
+
+/// How long containerd may take to start or to end, and `ctr` to import an image.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What differs between containerds.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// `fifo` or `streaming`.
+    pub io_type: &'static str,
+    /// `overlayfs` or `native`.
+    pub snapshotter: &'static str,
+    /// Network of the pods' bridge, its first three bytes.
+    pub subnet: &'static str,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            io_type: "fifo",
+            snapshotter: "overlayfs",
+            subnet: "10.213.7",
+        }
+    }
+}
+
+/// A running containerd; ended and removed on drop.
+#[derive(Debug)]
+pub struct Containerd {
+    child: Child,
+    netns: NetNs,
+    /// A client of its CRI.
+    pub cri: Cri,
+    dir: TempDir,
+}
+
+/// Where `scripts/containerd` puts what it gets.
+fn installed() -> PathBuf {
+    let cache = std::env::var_os("KUASAR_CACHE_DIR")
+        .map(PathBuf::from)
+        .or_else(|| {
+            let base = std::env::var_os("XDG_CACHE_HOME")?;
+            Some(Path::new(&base).join("kuasar-embed"))
+        })
+        .unwrap_or_else(|| PathBuf::from("/var/cache/kuasar-embed"));
+    cache.join("peers/containerd")
+}
+
+/// Why no containerd can be started here, or `None` when one can.
+#[must_use]
+pub fn containerd_missing() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("containerd needs root".to_owned());
+    }
+    let bin = installed().join("bin/containerd");
+    if !bin.exists() {
+        return Some(format!(
+            "there is no {}: run scripts/containerd",
+            bin.display()
+        ));
+    }
+    NetNs::missing()
+}
+
+impl Containerd {
+    /// Starts a containerd whose runtime [`HANDLER`] is `daemon`.
+    ///
+    /// # Panics
+    /// When it does not become ready; the message holds its log.
+    #[must_use]
+    pub fn start(daemon: &Daemon, options: &Options) -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("kuasar-ctrd-")
+            .tempdir()
+            .expect("temporary dir");
+        let shims = dir.path().join("bin");
+        fs::create_dir_all(&shims).expect("create a folder");
+        std::os::unix::fs::symlink(bin_dir().join(SHIM), shims.join(SHIM)).expect("link the shim");
+        write_cni(dir.path(), options.subnet);
+        let config = config(dir.path(), &daemon.address(), options);
+        fs::write(dir.path().join("config.toml"), config).expect("write containerd's config");
+        let netns = NetNs::new();
+        let cri = Cri::new(&dir.path().join("containerd.sock"));
+        let child = launch(dir.path(), &netns);
+        let mut containerd = Self {
+            child,
+            netns,
+            cri,
+            dir,
+        };
+        containerd.await_ready();
+        containerd
+    }
+
+    /// Ends it with SIGKILL or SIGTERM and starts it anew on the same files.
+    ///
+    /// # Panics
+    /// When it does not end or become ready again.
+    pub fn restart(&mut self, signal: Signal) {
+        self.end(signal);
+        self.child = launch(self.dir.path(), &self.netns);
+        self.await_ready();
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The network namespace it runs in, with the bridge of its pods.
+    #[must_use]
+    pub fn netns(&self) -> &NetNs {
+        &self.netns
+    }
+
+    /// The folder that holds everything of it.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("containerd.log")).unwrap_or_default()
+    }
+
+    /// Runs `ctr` in the namespace of CRI.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn ctr(&self, args: &[&str]) -> Output {
+        let out = Command::new(installed().join("bin/ctr"))
+            .arg("--address")
+            .arg(self.dir.path().join("containerd.sock"))
+            .args(["--namespace", "k8s.io", "--timeout"])
+            .arg(format!("{}s", LIMIT.as_secs()))
+            .args(args)
+            .output()
+            .expect("run ctr");
+        assert!(out.status.success(), "ctr {args:?}: {out:?}");
+        out
+    }
+
+    /// Imports an archive and waits until CRI knows `image`.
+    ///
+    /// # Panics
+    /// When it does not get there.
+    pub fn import(&self, archive: &Path, image: &str) {
+        let archive = archive.to_str().expect("a path in UTF-8");
+        self.ctr(&["images", "import", archive]);
+        eventually("CRI's sight of the image", LIMIT, || {
+            let images = self.cri.images().ok()?;
+            images.iter().any(|name| name == image).then_some(())
+        });
+    }
+
+    /// What pods may leave with it: mounts (network namespaces among them), bundles of tasks,
+    /// addresses of their network.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut left = self.mounts();
+        let state = self.dir.path().join("state");
+        left.extend(entries(&state.join("io.containerd.runtime.v2.task/k8s.io")));
+        left.extend(entries(&state.join("io.containerd.grpc.v1.cri/containers")));
+        let addresses = entries(&self.dir.path().join("ipam/test"));
+        let taken = |path: &String| {
+            let name = path.rsplit('/').next().unwrap_or_default();
+            !name.starts_with("last_reserved_ip") && name != "lock"
+        };
+        left.extend(addresses.into_iter().filter(taken));
+        left
+    }
+
+    fn mounts(&self) -> Vec<String> {
+        let below = self.dir.path().to_string_lossy().into_owned();
+        fs::read_to_string("/proc/self/mountinfo")
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .filter(|point| point.starts_with(&below))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    fn await_ready(&mut self) {
+        let mut last = String::new();
+        let ready = eventually("containerd's start", LIMIT * 2, || {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Some(Err(format!("it ended: {status}")));
+            }
+            match self.cri.status(v1::StatusRequest::default()) {
+                Ok(answer) => {
+                    let conditions = answer.status.unwrap_or_default().conditions;
+                    last = format!("{conditions:?}");
+                    conditions.iter().all(|c| c.status).then_some(Ok(()))
+                }
+                Err(status) => {
+                    last = status.to_string();
+                    None
+                }
+            }
+        });
+        ready.unwrap_or_else(|why| panic!("{why}; last answer: {last}\n{}", self.log()));
+    }
+
+    fn end(&mut self, signal: Signal) {
+        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), signal);
+        eventually("containerd's end", LIMIT, || {
+            self.child.try_wait().expect("wait for containerd")
+        });
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) && !std::thread::panicking() {
+            self.end(Signal::SIGTERM);
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // What a failed test left mounted would keep the folder.
+        let mut mounts = self.mounts();
+        mounts.sort();
+        for point in mounts.iter().rev() {
+            let _ = nix::mount::umount2(point.as_str(), nix::mount::MntFlags::MNT_DETACH);
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of containerd ---\n{}", self.log());
+        }
+    }
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    fs::read_dir(dir)
+        .map(|entries| {
+            entries
+                .flatten()
+                .map(|entry| entry.path().to_string_lossy().into_owned())
+                .collect()
+        })
+        .unwrap_or_default()
+}
+
+fn launch(dir: &Path, netns: &NetNs) -> Child {
+    let notify_path = dir.join("notify");
+    let _ = fs::remove_file(&notify_path);
+    let notify = UnixDatagram::bind(&notify_path).expect("bind the notify socket");
+    notify
+        .set_read_timeout(Some(LIMIT))
+        .expect("set a deadline");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("containerd.log"))
+        .expect("create containerd's log");
+    let path = format!(
+        "{}:/usr/sbin:/usr/bin:/sbin:/bin",
+        dir.join("bin").display()
+    );
+    let namespace = netns.open();
+    let mut command = Command::new(installed().join("bin/containerd"));
+    command
+        .arg("--config")
+        .arg(dir.join("config.toml"))
+        .env("PATH", path)
+        .env("NOTIFY_SOCKET", &notify_path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    // SAFETY: between fork and exec only setns is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || Ok(setns(&namespace, CloneFlags::CLONE_NEWNET)?));
+    }
+    let child = command.spawn().expect("start containerd");
+    let mut message = [0; 4096];
+    match notify.recv(&mut message) {
+        Ok(n) if String::from_utf8_lossy(&message[..n]).contains("READY=1") => {}
+        other => {
+            let log = fs::read_to_string(dir.join("containerd.log")).unwrap_or_default();
+            panic!("containerd did not say READY: {other:?}\n{log}");
+        }
+    }
+    child
+}
+
+fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
+    let dir = dir.display();
+    let Options {
+        io_type,
+        snapshotter,
+        ..
+    } = options;
+    format!(
+        r#"version = 3
+root = "{dir}/root"
+state = "{dir}/state"
+# What needs kernel modules or daemons that these tests do not use.
+disabled_plugins = [
+  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
+  "io.containerd.snapshotter.v1.zfs", "io.containerd.differ.v1.erofs",
+  "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt",
+]
+
+[grpc]
+  address = "{dir}/containerd.sock"
+[ttrpc]
+  address = "{dir}/containerd.sock.ttrpc"
+[debug]
+  level = "debug"
+
+[proxy_plugins.vmm]
+  type = "sandbox"
+  address = "{sandboxer}"
+
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "{snapshotter}"
+[plugins.'io.containerd.cri.v1.runtime']
+  netns_mounts_under_state_dir = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ["{cni}"]
+  conf_dir = "{dir}/cni"
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+  default_runtime_name = "{HANDLER}"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]
+  runtime_type = "io.containerd.{HANDLER}.v1"
+  sandboxer = "vmm"
+  io_type = "{io_type}"
+"#,
+        sandboxer = sandboxer.display(),
+        cni = installed().join("cni").display(),
+    )
+}
+
+/// Pods on a bridge, with addresses that are noted in the test's folder.
+fn write_cni(dir: &Path, subnet: &str) {
+    let conf = json!({
+        "cniVersion": "1.0.0",
+        "name": "test",
+        "plugins": [{
+            "type": "bridge",
+            "bridge": "cni0",
+            "isGateway": true,
+            "mtu": 1400,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": dir.join("ipam"),
+                "ranges": [
+                    [{"subnet": format!("{subnet}.0/24")}],
+                    [{"subnet": "fd00:213:7::/64"}],
+                ],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+            },
+        }],
+    });
+    fs::create_dir_all(dir.join("cni")).expect("create a folder");
+    fs::write(dir.join("cni/10-test.conflist"), conf.to_string()).expect("write CNI's config");
+}
