@@ -3,6 +3,7 @@
 use std::io;
 
 use devices::virtio::VirtioDevice;
+use devices::virtio::net::{ConfigError, Net, NetConfig, NetHandle};
 use devices::virtio::vsock::{Vsock, VsockConfig, VsockHandle};
 
 /// A device and what to call it in errors and logs.
@@ -20,6 +21,7 @@ pub struct NamedDevice {
 pub struct DeviceSet {
     pub(crate) devices: Vec<NamedDevice>,
     pub(crate) vsock: Option<VsockHandle>,
+    pub(crate) nets: Vec<NetHandle>,
 }
 
 impl DeviceSet {
@@ -57,6 +59,19 @@ impl DeviceSet {
         let (vsock, handle) = Vsock::new(config)?;
         self.vsock = Some(handle);
         Ok(self.with_device("vsock", Box::new(vsock)))
+    }
+
+    /// Adds a network slot: a card without a tap, its link down until
+    /// [`crate::vm::Vm::attach_nic`] plugs one in. Slots count from 0 in the order in which
+    /// they are added, which is also the order in which a guest numbers its cards.
+    ///
+    /// # Errors
+    /// Names what cannot be built.
+    pub fn with_net(mut self, config: NetConfig) -> Result<Self, ConfigError> {
+        let (net, handle) = Net::new(config)?;
+        let name = format!("net{}", self.nets.len());
+        self.nets.push(handle);
+        Ok(self.with_device(name, Box::new(net)))
     }
 
     /// How many.

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use devices::virtio::net::TapDevice;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
@@ -113,6 +114,14 @@ pub enum VmError {
     /// The guest refused a connection: nothing listens on the port.
     #[error("nothing listens on guest port {0}")]
     Refused(u32),
+    /// The machine was built with fewer network slots.
+    #[error("there is no network slot {slot}: the machine has {slots}")]
+    NoNetSlot {
+        /// The slot asked for, from 0.
+        slot: usize,
+        /// How many there are.
+        slots: usize,
+    },
     /// A system call or a lower layer failed.
     #[error("{what}")]
     Io {
@@ -158,6 +167,29 @@ pub trait Vm: Send + Sync + fmt::Debug {
 
     /// Figures now.
     fn stats(&self) -> VmStats;
+
+    /// How many network cards can be plugged in.
+    fn net_slots(&self) -> usize {
+        0
+    }
+
+    /// Plugs a tap into network slot `slot`: the guest sees the link of that card come up.
+    async fn attach_nic(&self, slot: usize, tap: TapDevice) -> Result<(), VmError> {
+        let _ = (slot, tap);
+        Err(VmError::Unsupported {
+            what: "plug in a network card",
+            backend: self.backend(),
+        })
+    }
+
+    /// Unplugs the tap of network slot `slot`, which is closed when this returns.
+    async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        let _ = (slot, deadline);
+        Err(VmError::Unsupported {
+            what: "unplug a network card",
+            backend: self.backend(),
+        })
+    }
 
     /// Records that the VM reached `phase` now, for [`VmStats::phases`]; only the first
     /// time counts. Backends without figures ignore it.

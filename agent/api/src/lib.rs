@@ -29,7 +29,7 @@ pub mod rpc {
 
 /// Version of the contract. A host refuses an agent of another version, and the reverse:
 /// both are built from one tree, so a difference means a stale guest image.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Host port (CID 2) that the agent dials when it is ready to serve.
 pub const CONTROL_PORT: u32 = 1024;

@@ -24,6 +24,7 @@ mod log;
 mod machine;
 mod mounts;
 mod net;
+mod network;
 mod reaper;
 mod sandbox;
 mod service;

@@ -11,6 +11,7 @@ use tracing::warn;
 use crate::clock;
 use crate::error::AgentError;
 use crate::mounts;
+use crate::network;
 use crate::sys;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -49,6 +50,7 @@ impl Sandbox {
         for (key, value) in &request.sysctls {
             set_sysctl(key, value)?;
         }
+        network::apply(request)?;
         if !request.resolv_conf.is_empty() {
             fs::create_dir_all("/etc")
                 .and_then(|()| fs::write(RESOLV_CONF, &request.resolv_conf))

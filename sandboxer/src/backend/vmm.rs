@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use devices::virtio::fs::{CachePolicy, Fs, FsConfig};
+use devices::virtio::net::NetConfig;
 use devices::virtio::vsock::VsockConfig;
 use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
@@ -79,8 +80,11 @@ struct Templates {
     parts: TemplateParts,
 }
 
-/// The devices of every machine, in order; a template has the same.
+/// The devices of every machine, in order, before its network slots; a template has the same.
 const DEVICES: &str = "share rng vsock";
+
+/// Address of a card until the pod's own is known; nobody sees it. The last byte is the slot.
+const FIRST_MAC: [u8; 6] = [0x02, b'k', b'u', b'a', 0, 0];
 
 impl VmmBackend {
     /// Checks that this host can run microVMs.
@@ -141,7 +145,11 @@ impl VmmBackend {
     #[must_use]
     pub fn template_key(&self, vcpus: u32, memory_bytes: u64) -> Option<TemplateKey> {
         let templates = self.templates.as_ref()?;
-        Some(templates.parts.key(vcpus, memory_bytes, DEVICES))
+        Some(
+            templates
+                .parts
+                .key(vcpus, memory_bytes, &self.device_names()),
+        )
     }
 
     /// The template for a machine of this size, built if there is none yet.
@@ -152,11 +160,14 @@ impl VmmBackend {
         let Some(templates) = &self.templates else {
             return Err("templates are switched off".to_owned());
         };
-        let key = templates.parts.key(vcpus, memory_bytes, DEVICES);
+        let key = templates
+            .parts
+            .key(vcpus, memory_bytes, &self.device_names());
         let mut machine = self.guest_config("template", vcpus, memory_bytes);
-        let (fs, limit) = (self.fs.clone(), self.boot_limit);
+        let (fs, slots, limit) = (self.fs.clone(), self.vm.net_slots, self.boot_limit);
         let make = move |share: &Path| {
-            machine.devices = devices(&fs, share, None).map_err(BuildTemplateError::Start)?;
+            machine.devices =
+                devices(&fs, slots, share, None).map_err(BuildTemplateError::Start)?;
             Ok(TemplateMachine {
                 config: machine,
                 limit,
@@ -176,7 +187,12 @@ impl VmmBackend {
 
     fn devices(&self, request: &MachineRequest) -> Result<DeviceSet, VmError> {
         let socket = self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET));
-        devices(&self.fs, &request.share, socket)
+        devices(&self.fs, self.vm.net_slots, &request.share, socket)
+    }
+
+    /// Names what [`devices`] makes.
+    fn device_names(&self) -> String {
+        format!("{DEVICES} net*{}", self.vm.net_slots)
     }
 
     /// What a template and the machines that boot have in common.
@@ -211,9 +227,10 @@ impl VmmBackend {
     }
 }
 
-/// What [`DEVICES`] lists.
+/// What [`DEVICES`] lists, and network slots.
 fn devices(
     fs: &config::Fs,
+    net_slots: u32,
     share: &Path,
     vsock_socket: Option<PathBuf>,
 ) -> Result<DeviceSet, VmError> {
@@ -227,12 +244,23 @@ fn devices(
     let share = Fs::new(share).map_err(backend_error)?;
     let mut vsock = VsockConfig::new(GUEST_CID);
     vsock.uds_path = vsock_socket;
-    DeviceSet::new()
+    let mut devices = DeviceSet::new()
         .with_device("share", Box::new(share))
         .with_rng()
         .map_err(io_error("opening the entropy device"))?
         .with_vsock(vsock)
-        .map_err(io_error("making the vsock device"))
+        .map_err(io_error("making the vsock device"))?;
+    for slot in 0..net_slots {
+        let [.., last] = slot.to_be_bytes();
+        let mut mac = FIRST_MAC;
+        if let Some(byte) = mac.last_mut() {
+            *byte = last;
+        }
+        devices = devices
+            .with_net(NetConfig::new(mac))
+            .map_err(backend_error)?;
+    }
+    Ok(devices)
 }
 
 #[async_trait]

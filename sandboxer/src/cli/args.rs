@@ -113,6 +113,10 @@ pub(super) struct RunArgs {
     /// Host name inside the pod [default: the pod's id]
     #[arg(long, value_parser = values::hostname)]
     pub(super) hostname: Option<String>,
+    /// Network namespace whose interfaces the pod takes over, as made by `ip netns add`; without
+    /// one the pod has loopback only
+    #[arg(long, value_name = "FILE")]
+    pub(super) netns: Option<PathBuf>,
     /// Replace the image's entry point
     #[arg(long, value_name = "PROGRAM")]
     pub(super) entrypoint: Option<String>,

@@ -74,9 +74,16 @@ impl Controller {
         &self.address
     }
 
-    pub(super) async fn create(&self, id: &str, config: &PodSandboxConfig) -> Result<()> {
+    pub(super) async fn create(
+        &self,
+        id: &str,
+        netns: Option<&Path>,
+        config: &PodSandboxConfig,
+    ) -> Result<()> {
+        let netns = netns.unwrap_or_else(|| Path::new(""));
         let request = controller::ControllerCreateRequest {
             sandbox_id: id.to_owned(),
+            netns_path: netns.to_string_lossy().into_owned(),
             options: Some(prost_types::Any {
                 type_url: POD_SANDBOX_CONFIG_TYPE.to_owned(),
                 value: config.encode_to_vec(),

@@ -147,7 +147,16 @@ impl Pod {
         let (fifos, stdio) = self.stdio(&args.process, args.detach)?;
         let prepare = async {
             steps.step("creating the pod");
-            self.controller.create(id, &self.pod_config(args)).await?;
+            let netns = match &args.netns {
+                // The daemon has a folder of its own.
+                Some(path) => {
+                    Some(std::path::absolute(path).doing(|| format!("find {}", path.display()))?)
+                }
+                None => None,
+            };
+            self.controller
+                .create(id, netns.as_deref(), &self.pod_config(args))
+                .await?;
             steps.step("booting the VM");
             let task = self.controller.start(id).await?;
             steps.step("creating the container");

@@ -11,6 +11,9 @@ use super::ConfigError;
 /// Below this a guest cannot boot.
 pub(crate) const MIN_MEMORY: ByteSize = ByteSize::mib(64);
 
+/// Each is a device with an interrupt of its own.
+const MAX_NET_SLOTS: u32 = 8;
+
 /// Environment variable that overrides `vm.kernel`.
 pub(crate) const KERNEL_VAR: &str = "KUASAR_KERNEL";
 
@@ -41,6 +44,9 @@ pub struct Vm {
     /// How the guest learns which devices there are: `auto` (ACPI, but the command line where
     /// the host emulates guest ring 0 and ACPI costs seconds), `acpi`, `command-line`.
     pub discovery: DeviceDiscovery,
+    /// How many network interfaces a pod can have: cards that each machine is built with, to
+    /// be plugged in when the pod starts. 0: pods have no network.
+    pub net_slots: u32,
     /// How much of the guest's console is kept, the newest part.
     pub serial_log_bytes: ByteSize,
     /// Whether the guest's ports are also reachable through `<dir>/<pod>/vsock.sock` by
@@ -58,6 +64,7 @@ impl Default for Vm {
             initramfs: None,
             kernel_params: String::new(),
             discovery: DeviceDiscovery::Auto,
+            net_slots: 1,
             serial_log_bytes: ByteSize::kib(256),
             vsock_uds: true,
         }
@@ -76,6 +83,10 @@ impl Vm {
         };
         if self.vcpus == 0 {
             return wrong("vm.vcpus", "0".to_owned(), "must be at least 1");
+        }
+        if self.net_slots > MAX_NET_SLOTS {
+            let value = self.net_slots.to_string();
+            return wrong("vm.net_slots", value, "must be at most 8");
         }
         if self.memory < MIN_MEMORY {
             let value = self.memory.display().iec().to_string();

@@ -12,7 +12,7 @@ use vmm_core::vm::{ExitReason, Vm, VmError};
 
 use super::container::Container;
 use super::process::{Exit, KILLED, Process};
-use super::{Machine, Phase, Pod, PodError, Result, lock, nanoseconds, phase};
+use super::{Machine, Phase, Pod, PodError, PodNetwork, Result, lock, nanoseconds, phase};
 use crate::agent::{AgentClient, AgentEvent, Connected, Limits};
 use crate::backend::MachineRequest;
 use crate::causes::with_causes;
@@ -97,6 +97,7 @@ impl Pod {
         }
         let built = self.environment.backend.build(request).await;
         let vm = Arc::clone(slot.insert(built.map_err(vm_error)?));
+        self.connect_network(vm.as_ref()).await?;
         let bring_up = async {
             let listener = vm.listen(agent_api::CONTROL_PORT).map_err(vm_error)?;
             vm.start().await.map_err(vm_error)?;
@@ -151,6 +152,35 @@ impl Pod {
         })
     }
 
+    /// Plugs the interfaces of the pod's namespace into the machine.
+    pub(super) async fn connect_network(&self, vm: &dyn Vm) -> Result<()> {
+        let Some(path) = self.request.netns.clone() else {
+            return Ok(());
+        };
+        if vm.net_slots() == 0 {
+            warn!("the machine has no network slots: the pod has loopback only");
+            return Ok(());
+        }
+        let slots = vm.net_slots();
+        let connected = tokio::task::spawn_blocking(move || PodNetwork::connect(&path, slots))
+            .await
+            .unwrap_or(Err(PodError::Cancelled("connecting the network")));
+        let (network, taps) = connected?;
+        *lock(&self.network) = Some(network);
+        if taps.is_empty() {
+            warn!("the pod's network namespace has no interface: the pod has loopback only");
+        }
+        for (slot, tap) in taps.into_iter().enumerate() {
+            vm.attach_nic(slot, tap)
+                .await
+                .map_err(|source| PodError::Vm {
+                    pod: self.id().to_owned(),
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
     pub(super) fn limits(&self) -> Limits {
         let timeouts = &self.environment.timeouts;
         Limits {
@@ -166,7 +196,7 @@ impl Pod {
             hostname: self.request.hostname(),
             dns: self.request.config.dns_config.as_ref(),
         };
-        rpc::SetupSandboxRequest {
+        let mut request = rpc::SetupSandboxRequest {
             hostname: self.request.hostname().to_owned(),
             time_ns: nanoseconds(std::time::SystemTime::now()),
             entropy: entropy(),
@@ -187,7 +217,11 @@ impl Pod {
                 .collect(),
             resolv_conf: files.resolv_conf(),
             ..Default::default()
+        };
+        if let Some(network) = lock(&self.network).as_ref() {
+            network.describe(&mut request);
         }
+        request
     }
 
     /// Follows what happens in the guest until its machine ends.
@@ -368,7 +402,13 @@ impl Pod {
             }
             storages.extend(container.take_storage());
         }
-        let _ = tokio::task::spawn_blocking(move || drop(storages)).await;
+        // The machine has ended, and with it the taps.
+        let network = lock(&self.network).take();
+        let _ = tokio::task::spawn_blocking(move || {
+            drop(storages);
+            drop(network);
+        })
+        .await;
         self.phase.send_if_modified(|phase| {
             if matches!(phase, Phase::NotReady { .. }) {
                 return false;

@@ -9,7 +9,7 @@ mod control;
 mod error;
 mod files;
 mod lifecycle;
-mod netns;
+mod network;
 mod oci;
 mod process;
 pub mod record;
@@ -43,6 +43,7 @@ pub use storage::RootfsMount;
 pub use tasks::TASKS_EXTENSION;
 
 use self::files::PodFiles;
+use self::network::PodNetwork;
 use self::oci::PodFile;
 use self::record::Record;
 use self::storage::Share;
@@ -133,6 +134,7 @@ pub struct Pod {
     tasks: Mutex<TaskList>,
     /// Operations under way; the pod's folder outlives them.
     operations: TaskTracker,
+    network: Mutex<Option<PodNetwork>>,
     share: Mutex<Option<Share>>,
     /// Last: removed after everything in it is released.
     folder: Mutex<Option<PodFolder>>,
@@ -173,15 +175,7 @@ impl Pod {
     pub fn create(request: PodRequest, environment: Arc<PodEnvironment>) -> Result<Self> {
         let created_at = SystemTime::now();
         if let Some(path) = &request.netns {
-            let interfaces = netns::interfaces(path)?;
-            if !interfaces.is_empty() {
-                warn!(
-                    pod = request.id,
-                    "the interfaces {interfaces:?} of {} are not connected to the guest: the \
-                     pod has loopback only",
-                    path.display()
-                );
-            }
+            network::check(path)?;
         }
         let dir = environment.dir.join(&request.id);
         let folder = PodFolder::create(dir.clone(), &request.id)?;
@@ -212,6 +206,7 @@ impl Pod {
             containers: Mutex::new(HashMap::new()),
             tasks: Mutex::new(TaskList::default()),
             operations: TaskTracker::new(),
+            network: Mutex::new(None),
             share: Mutex::new(Some(share)),
             folder: Mutex::new(Some(folder)),
         })

@@ -240,6 +240,7 @@ impl Pod {
         let backend = &self.environment.backend;
         let restored = backend.restore(request, dir, &self.label()).await;
         let vm = Arc::clone(slot.insert(restored.map_err(|e| self.vm_error(e))?));
+        self.connect_network(vm.as_ref()).await?;
         let bring_up = async {
             let listener = vm.listen(agent_api::CONTROL_PORT);
             let listener = listener.map_err(|e| self.vm_error(e))?;

@@ -387,3 +387,49 @@ fn pods_survive_a_restart_of_containerd() {
     node.remove_pod(&id);
     node.assert_nothing_left();
 }
+
+/// containerd has the bridge plugin make each pod's interface before it starts the pod.
+#[test]
+fn pods_reach_each_other_over_the_bridge_plugin() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let node = Node::new(&Options::default());
+    let addresses = |pod: &Pod<'_>| {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let status = node.containerd.cri.pod_sandbox_status(request).unwrap();
+        let network = status.status.unwrap().network.unwrap();
+        let mut all = vec![network.ip];
+        all.extend(network.additional_ips.into_iter().map(|more| more.ip));
+        all
+    };
+    let (server, client) = (node.run_pod("server"), node.run_pod("client"));
+    let of_server = addresses(&server);
+    assert_eq!(
+        of_server.len(),
+        2,
+        "one address of each family: {of_server:?}"
+    );
+    let _web = server.run(
+        "web",
+        "mkdir -p /tmp/www; echo served > /tmp/www/page; exec httpd -f -p 80 -h /tmp/www",
+    );
+    let shell = client.run("shell", "sleep 1000");
+    for address in &of_server {
+        let script = format!(
+            "for i in 1 2 3 4 5; do printf 'GET /page HTTP/1.0\\r\\n\\r\\n' | \
+             nc -w 20 {address} 80 && exit; done; exit 1"
+        );
+        let (page, stderr, code) = node.exec(&shell, &script);
+        assert_eq!(code, 0, "{address}: {stderr}");
+        assert!(page.ends_with("served\n"), "{address}: {page}");
+    }
+    let (mtu, _, _) = node.exec(&shell, "cat /sys/class/net/eth0/mtu");
+    assert_eq!(mtu, "1400\n");
+    let (server, client) = (server.id.clone(), client.id.clone());
+    node.remove_pod(&server);
+    node.remove_pod(&client);
+    node.assert_nothing_left();
+}

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::event_loop::EventLoop;
 use devices::legacy::{ConsoleOptions, ConsoleOutput};
+use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
 
@@ -30,6 +31,7 @@ pub(super) struct Frame {
     event_loop: EventLoop,
     buses: Buses,
     vsock: Option<VsockHandle>,
+    nets: Vec<NetHandle>,
     pub(super) shell: VmShell,
     pub(super) ram: GuestRam,
     pub(super) legacy: Legacy,
@@ -69,7 +71,11 @@ impl Frame {
                     source,
                 }
             })?;
-        let DeviceSet { devices, vsock } = devices;
+        let DeviceSet {
+            devices,
+            vsock,
+            nets,
+        } = devices;
         let attached = attach(devices, &shell, &ram, &event_loop, &mut buses)?;
         phases.mark_first(Phases::DEVICES_ATTACHED);
         Ok(Self {
@@ -81,6 +87,7 @@ impl Frame {
             event_loop,
             buses,
             vsock,
+            nets,
             shell,
             ram,
             legacy,
@@ -146,6 +153,7 @@ impl Frame {
             cmdline,
             memory_bytes,
             vsock: self.vsock,
+            nets: self.nets,
             live: Mutex::new(Some(Arc::new(live))),
             final_exits: Mutex::new(ExitCounts::new()),
             torn_down: watch::Sender::new(false),

@@ -19,6 +19,7 @@ mod wiring;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::legacy::ConsoleOutput;
+use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
 
@@ -47,6 +48,7 @@ pub struct Machine {
     cmdline: String,
     memory_bytes: u64,
     vsock: Option<VsockHandle>,
+    nets: Vec<NetHandle>,
     live: Mutex<Option<Arc<Live>>>,
     /// Exits counted by a machine that was torn down.
     final_exits: Mutex<ExitCounts>,

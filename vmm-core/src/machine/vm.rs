@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use devices::virtio::net::{NetHandle, TapDevice};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
@@ -23,6 +24,14 @@ impl Machine {
             return Err(VmError::Exited(reason));
         }
         self.live().ok_or(VmError::Exited(ExitReason::Stopped))
+    }
+
+    fn net(&self, slot: usize) -> Result<NetHandle, VmError> {
+        self.ensure_running()?;
+        self.nets.get(slot).cloned().ok_or(VmError::NoNetSlot {
+            slot,
+            slots: self.nets.len(),
+        })
     }
 }
 
@@ -159,6 +168,24 @@ impl Vm for Machine {
             resident_bytes: live
                 .and_then(|live| live.vm.ram().and_then(|ram| ram.resident_bytes().ok())),
         }
+    }
+
+    fn net_slots(&self) -> usize {
+        self.nets.len()
+    }
+
+    async fn attach_nic(&self, slot: usize, tap: TapDevice) -> Result<(), VmError> {
+        let attached = self.net(slot)?.attach(tap);
+        attached.map_err(|err| VmError::Backend(Box::new(err)))
+    }
+
+    async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        let net = self.net(slot)?;
+        // Waits for the event loop.
+        tokio::task::spawn_blocking(move || net.detach(deadline))
+            .await
+            .map_err(|err| VmError::Backend(Box::new(err)))?
+            .map_err(|err| VmError::Backend(Box::new(err)))
     }
 
     fn mark_phase(&self, phase: &'static str) {
