@@ -8,7 +8,7 @@ const LOAD_ADDRESS: u64 = 0x10_0000;
 /// Port of the serial console.
 pub const SERIAL: u16 = 0x3f8;
 /// Where a guest counts.
-pub const COUNTER: u64 = 0x20_0000;
+pub const COUNTER: u32 = 0x20_0000;
 /// A port nobody answers.
 pub const NOWHERE: u16 = 0x80;
 /// The first virtio-mmio device.
@@ -61,7 +61,7 @@ impl Code {
 
     /// Counts at [`COUNTER`], and prints a dot each 64 counts.
     pub fn count_for_ever(self) -> Self {
-        let counter = (COUNTER as u32).to_le_bytes();
+        let counter = COUNTER.to_le_bytes();
         self.then(&[
             // 1: inc dword [counter]; mov eax, [counter]
             &[0xff, 0x04, 0x25],

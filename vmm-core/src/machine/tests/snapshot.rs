@@ -17,7 +17,7 @@ fn counter() -> Code {
 }
 
 fn count(machine: &Machine) -> u32 {
-    machine.peek(guest::COUNTER)
+    machine.peek(guest::COUNTER.into())
 }
 
 async fn printed(machine: &Machine, text: &str) {
