@@ -102,7 +102,7 @@ fn pods(args: &Args, guest: &GuestFiles, report: &mut Report) {
     let scratch = tempfile::tempdir().expect("temporary folder");
     let rootfs = harness::rootfs::busybox(scratch.path());
     let daemon = Daemon::start(&format!(
-        "[vm]\nkernel = {:?}\ninitramfs = {:?}\n",
+        "[vm]\nkernel = {:?}\ninitramfs = {:?}\n[templates]\nmode = \"off\"\n",
         guest.kernel, guest.initramfs
     ));
     let ctl = Ctl::new(&daemon);
