@@ -26,6 +26,8 @@ pub mod bus;
 pub mod config;
 mod device_set;
 mod exit;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod host;
 mod kvm_vm;
 pub mod machine;

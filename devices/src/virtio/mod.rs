@@ -25,6 +25,8 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::state::StateError;
+#[cfg(feature = "fuzzing")]
+pub use self::state::seal as seal_state;
 #[cfg(test)]
 pub(crate) use self::state::tests as state_tests;
 

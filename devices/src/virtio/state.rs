@@ -166,6 +166,16 @@ fn checksum(version: u16, body: &[u8]) -> u64 {
         })
 }
 
+/// Bytes with a valid header around anything: what is left to the device to refuse.
+#[cfg(any(test, feature = "fuzzing"))]
+#[must_use]
+pub fn seal(version: u16, body: &[u8]) -> Vec<u8> {
+    let mut bytes = version.to_le_bytes().to_vec();
+    bytes.extend(checksum(version, body).to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::prelude::*;
@@ -174,14 +184,6 @@ pub(crate) mod tests {
     use crate::virtio::VirtioDevice;
 
     const RNG: DeviceType = DeviceType::Rng;
-
-    /// Bytes with a valid header around anything: what is left to the device to refuse.
-    pub(crate) fn seal(version: u16, body: &[u8]) -> Vec<u8> {
-        let mut bytes = version.to_le_bytes().to_vec();
-        bytes.extend(checksum(version, body).to_le_bytes());
-        bytes.extend(body);
-        bytes
-    }
 
     /// No cut, no flipped bit and no other version of `state` is taken by a device that
     /// `fresh` makes, and nothing that looks like a state makes it panic.

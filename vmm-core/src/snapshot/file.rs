@@ -15,17 +15,23 @@ const MAX_BYTES: u64 = 4 << 20;
 
 pub(super) fn write(mut file: &File, stored: &Stored<&MachineState>) -> io::Result<()> {
     let content = postcard::to_stdvec(stored).map_err(io::Error::other)?;
+    file.write_all(&seal(&content))?;
+    file.sync_all()
+}
+
+/// The file around `content`.
+pub(super) fn seal(content: &[u8]) -> Vec<u8> {
     let len = content.len() as u64;
-    let bytes = [
+    let mut bytes = [
         &MAGIC[..],
         &VERSION.to_le_bytes(),
         &len.to_le_bytes(),
-        &content,
+        content,
     ]
     .concat();
-    file.write_all(&bytes)?;
-    file.write_all(blake3::hash(&bytes).as_bytes())?;
-    file.sync_all()
+    let digest = blake3::hash(&bytes);
+    bytes.extend(digest.as_bytes());
+    bytes
 }
 
 pub(super) fn read(file: &File) -> io::Result<Stored> {
@@ -35,7 +41,7 @@ pub(super) fn read(file: &File) -> io::Result<Stored> {
     parse(&bytes)
 }
 
-fn parse(bytes: &[u8]) -> io::Result<Stored> {
+pub(super) fn parse(bytes: &[u8]) -> io::Result<Stored> {
     let (magic, rest) = bytes.split_first_chunk().unwrap_or((&[0; 8], &[]));
     if *magic != MAGIC {
         return Err(invalid("this is not the state of a VM"));
@@ -60,9 +66,68 @@ fn parse(bytes: &[u8]) -> io::Result<Stored> {
     if digest != blake3::hash(signed).as_bytes() {
         return Err(invalid("the content does not have its digest"));
     }
-    postcard::from_bytes(content).map_err(|err| invalid(&format!("damaged content: {err}")))
+    match postcard::take_from_bytes(content) {
+        Ok((stored, [])) => Ok(stored),
+        Ok(_) => Err(invalid("damaged content: more than a machine")),
+        Err(err) => Err(invalid(&format!("damaged content: {err}"))),
+    }
 }
 
 fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine whose structures of KVM are all cut to nothing, which counts as zero.
+    fn content(vcpus: usize, chips: usize, msrs: usize) -> Vec<u8> {
+        let len = |len: usize| postcard::to_stdvec(&len).unwrap();
+        // Lists of CPUID entries and MSRs, eight structures.
+        let vcpu = [vec![0; 8], len(msrs), vec![0; msrs], vec![0]].concat();
+        [
+            // Label, digest, command line, size of memory.
+            vec![0; 35],
+            len(vcpus),
+            vcpu.repeat(vcpus),
+            len(chips),
+            vec![0; chips],
+            // Timer, clock, serial port, CMOS, devices.
+            vec![0; 14],
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn no_state_has_more_than_a_machine() {
+        let stored = parse(&seal(&content(32, 3, 256))).unwrap();
+        assert_eq!(stored.machine.vcpus.len(), 32);
+        for content in [
+            content(33, 3, 0),
+            content(100_000, 3, 0),
+            content(1, 4, 0),
+            content(1, 4_000_000, 0),
+            content(1, 3, 257),
+            [content(1, 3, 1), vec![0]].concat(),
+        ] {
+            let err = parse(&seal(&content)).unwrap_err();
+            assert_eq!(err.kind(), io::ErrorKind::InvalidData, "{err}");
+        }
+    }
+
+    #[test]
+    fn damage_is_refused() {
+        let file = seal(&content(1, 3, 2));
+        parse(&file).unwrap();
+        for len in 0..file.len() {
+            parse(&file[..len]).unwrap_err();
+        }
+        for at in 0..file.len() {
+            let mut damaged = file.clone();
+            damaged[at] ^= 1;
+            parse(&damaged).unwrap_err();
+        }
+        parse(&[&file[..], &[0]].concat()).unwrap_err();
+    }
 }

@@ -5,6 +5,7 @@
 //! digest, and `memory`, with holes where the guest's memory is zero. A snapshot is of one
 //! host: it holds the state of the host's own CPU.
 
+mod bounded;
 mod error;
 mod file;
 
@@ -17,8 +18,10 @@ use std::sync::Arc;
 use devices::transport::mmio::MmioState;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::bounded::at_most;
 pub use self::error::SnapshotError;
 use crate::arch;
+use crate::config::MAX_VCPUS;
 use crate::machine::LegacyState;
 use crate::memory::{MemoryDigest, MemoryImage};
 
@@ -30,6 +33,7 @@ const MEMORY: &str = "memory";
 pub(crate) struct MachineState {
     pub(crate) cmdline: String,
     pub(crate) memory_bytes: u64,
+    #[serde(deserialize_with = "at_most::<{ MAX_VCPUS as usize }, _, _>")]
     pub(crate) vcpus: Vec<arch::VcpuState>,
     pub(crate) chips: arch::ChipsState,
     pub(crate) legacy: LegacyState,
@@ -113,6 +117,20 @@ impl Snapshot {
         let memory = MemoryImage::read_from(&file, bytes, stored.memory).map_err(failed(&path))?;
         Ok(Self::new(stored.machine, memory))
     }
+}
+
+/// What `bytes` would be written as, if they can be read.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn rewrite(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let stored = file::parse(bytes)?;
+    let content = postcard::to_stdvec(&stored).map_err(io::Error::other)?;
+    Ok(file::seal(&content))
+}
+
+/// The file `state` around any content.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn seal(content: &[u8]) -> Vec<u8> {
+    file::seal(content)
 }
 
 /// Writes both files of a snapshot, the one without which the other is nothing last.

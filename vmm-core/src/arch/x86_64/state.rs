@@ -3,15 +3,18 @@
 
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Error, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
+use crate::snapshot::at_most;
 
+/// Interrupt controllers.
+const CHIPS: usize = 3;
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -26,6 +29,7 @@ fn step<T>(name: &'static str, result: Result<T, Error>) -> Result<T, Refused> {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ChipsState {
     /// Master PIC, slave PIC, I/O APIC.
+    #[serde(deserialize_with = "at_most::<CHIPS, _, _>")]
     chips: Vec<kvm_irqchip>,
     pit: kvm_pit_state2,
     clock: kvm_clock_data,
@@ -76,6 +80,7 @@ impl ChipsState {
 /// guests only by asking the kernel for it, which this one does not.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct VcpuState {
+    #[serde(deserialize_with = "at_most::<KVM_MAX_CPUID_ENTRIES, _, _>")]
     cpuid: Vec<kvm_cpuid_entry2>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -85,6 +90,7 @@ pub(crate) struct VcpuState {
     xcrs: Option<kvm_xcrs>,
     debug: kvm_debugregs,
     lapic: kvm_lapic_state,
+    #[serde(deserialize_with = "at_most::<KVM_MAX_MSR_ENTRIES, _, _>")]
     msrs: Vec<kvm_msr_entry>,
     events: kvm_vcpu_events,
 }
