@@ -8,6 +8,8 @@ CARGO   ?= cargo
 # cargo's name for the profile of the daemon and the CLI in `make run` and benchmarks.
 PROFILE ?= release
 PREFIX  ?= /usr/local
+# How long `make fuzz` runs each target.
+SECONDS ?= 20
 ARCH    := x86_64-unknown-linux-gnu
 
 BIN     := target/$(PROFILE)
@@ -66,6 +68,11 @@ lint: ## Format, clippy, dependency rules
 	$(STEP) "clippy" -- $(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(STEP) "one version of each rust-vmm crate" -- scripts/check-versions
 	$(STEP) "cargo deny" -- scripts/deny
+
+.PHONY: fuzz
+fuzz: ## Every fuzz target from its corpus, SECONDS (20) each; see tests/fuzz/README.md
+	$(STEP) "build the fuzz targets" -- scripts/fuzz-smoke -b
+	$(STEP) "fuzz" -- scripts/fuzz-smoke -s $(SECONDS)
 
 .PHONY: bench-boot
 bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes target/bench/boot.json

@@ -71,6 +71,8 @@ pub fn run(subject: &mut impl Subject, data: &[u8]) {
         interrupt: Arc::default(),
         runner: Arc::default(),
         used_bytes: 0,
+        rings_end: 0,
+        honest: true,
     };
     let mut input = Unstructured::new(data);
     // An input that ends in the middle of an action is a shorter input.
@@ -86,6 +88,10 @@ struct Play<D> {
     interrupt: Arc<TestInterrupt>,
     runner: Arc<InlineRunner>,
     used_bytes: u64,
+    /// The queues lie below.
+    rings_end: u64,
+    /// The device has not been made to write to the queues: what is in them is its own.
+    honest: bool,
 }
 
 struct Queue {
@@ -130,6 +136,8 @@ impl<D: VirtioDevice> Play<D> {
             .iter()
             .map(|size| 32 * u64::from(*size) + 64)
             .sum::<u64>();
+        self.rings_end = self.guest.alloc(0);
+        self.honest = true;
         self.interrupt = Arc::default();
         let queues = (0..)
             .zip(&self.queues)
@@ -157,6 +165,10 @@ impl<D: VirtioDevice> Play<D> {
         match action {
             0..=6 => {
                 let chain = subject.chain(at, input)?;
+                self.honest &= !chain.iter().any(|buffer| match buffer {
+                    Buffer::Raw(raw) => may_write(raw, self.rings_end),
+                    _ => false,
+                });
                 self.used_bytes += queue.add(&chain);
                 queue.driver.kick();
             }
@@ -164,9 +176,9 @@ impl<D: VirtioDevice> Play<D> {
             8 => queue.driver.set_avail_idx(input.arbitrary()?),
             9 => {
                 let index = input.arbitrary()?;
-                queue
-                    .driver
-                    .write_descriptor(index, random_descriptor(input)?);
+                let raw = random_descriptor(input)?;
+                self.honest &= !may_write(&raw, self.rings_end);
+                queue.driver.write_descriptor(index, raw);
                 // Of any chain, so what room there is is no longer certain.
                 queue.chains.values_mut().for_each(|(_, room)| *room = None);
             }
@@ -204,7 +216,7 @@ impl<D: VirtioDevice> Play<D> {
             }
         }
         for queue in &mut self.queues {
-            queue.take_used();
+            queue.take_used(self.honest);
         }
     }
 
@@ -238,7 +250,7 @@ impl Queue {
         }
     }
 
-    fn take_used(&mut self) {
+    fn take_used(&mut self, honest: bool) {
         // Once around the ring: a guest that lies about indices may see more.
         for _ in 0..1024 {
             let Some(used) = self.driver.pop_used() else {
@@ -247,7 +259,7 @@ impl Queue {
             if let Some((descriptors, room)) = self.chains.remove(&used.head) {
                 self.free += descriptors;
                 assert!(
-                    room.is_none_or(|room| u64::from(used.len) <= room),
+                    !honest || room.is_none_or(|room| u64::from(used.len) <= room),
                     "the device wrote {} bytes into {room:?}",
                     used.len
                 );
@@ -268,6 +280,13 @@ fn room(chain: &[Buffer]) -> Option<u64> {
             Buffer::Raw(_) => None,
         })
         .sum()
+}
+
+/// Whether a device may write below `end` for it: what a table of indirect descriptors has
+/// is anybody's guess.
+fn may_write(raw: &RawDescriptor, end: u64) -> bool {
+    const INDIRECT: u16 = 4;
+    raw.flags & INDIRECT != 0 || raw.flags & WRITE != 0 && raw.addr < end
 }
 
 fn size(buffer: &Buffer) -> u64 {

@@ -11,10 +11,12 @@
 
 mod guest;
 mod jail;
+mod meter;
 mod runner;
 
 pub use arbitrary::{Result, Unstructured};
 pub use devices::testing::{Buffer, RawDescriptor, TestGuest};
 pub use guest::{Subject, random_chain, run};
 pub use jail::{confined, fresh_dir};
+pub use meter::Meter;
 pub use runner::InlineRunner;

@@ -11,9 +11,9 @@ use devices::virtio::{
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 /// Handlers that are called from [`InlineRunner::turn`]; workers are real threads.
-#[derive(Default)]
 pub struct InlineRunner {
     handlers: Mutex<Vec<Entry>>,
     workers: Mutex<Vec<(WorkerId, Worker)>>,
@@ -37,6 +37,20 @@ struct Watch {
 struct Worker {
     stop: io::PipeWriter,
     thread: JoinHandle<()>,
+}
+
+impl Default for InlineRunner {
+    fn default() -> Self {
+        // As in every Rust program, but libFuzzer's `main` is none: workers may have ended
+        // when they are told to.
+        // SAFETY: no handler.
+        unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.unwrap();
+        Self {
+            handlers: Mutex::default(),
+            workers: Mutex::default(),
+            next: AtomicU64::default(),
+        }
+    }
 }
 
 impl InlineRunner {
