@@ -180,6 +180,7 @@ pub fn seal(version: u16, body: &[u8]) -> Vec<u8> {
 pub(crate) mod tests {
     use proptest::prelude::*;
 
+    pub(crate) use super::seal;
     use super::*;
     use crate::virtio::VirtioDevice;
 
