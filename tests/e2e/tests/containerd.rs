@@ -31,7 +31,11 @@ struct Node {
 
 impl Node {
     fn new(options: &Options) -> Self {
-        let world = World::new();
+        Self::with_config("", options)
+    }
+
+    fn with_config(config: &str, options: &Options) -> Self {
+        let world = World::with_config(config);
         let containerd = Containerd::start(&world.daemon, options);
         let layer = Layer::new().tree(&world.rootfs, "".as_ref());
         let config = json!({"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["/bin/sleep", "7"]});
@@ -92,8 +96,11 @@ impl Node {
             pod_sandbox_id: id.to_owned(),
             verbose: false,
         };
-        let status = self.containerd.cri.pod_sandbox_status(request).unwrap();
-        status.status.unwrap().state()
+        // containerd may still wait before it dials a new daemon.
+        eventually("the pod's status", SOON, || {
+            let status = self.containerd.cri.pod_sandbox_status(request.clone());
+            Some(status.ok()?.status?.state())
+        })
     }
 
     fn status(&self, container: &str) -> v1::ContainerStatus {
@@ -177,6 +184,14 @@ struct Pod<'a> {
 impl Pod<'_> {
     /// A container that runs a shell script, created and not started.
     fn create(&self, name: &str, script: &str) -> String {
+        self.create_limited(name, script, 0)
+    }
+
+    fn create_limited(&self, name: &str, script: &str, memory: i64) -> String {
+        let resources = v1::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            ..Default::default()
+        };
         let config = v1::ContainerConfig {
             metadata: Some(v1::ContainerMetadata {
                 name: name.to_owned(),
@@ -192,6 +207,10 @@ impl Pod<'_> {
                 value: "too".to_owned(),
             }],
             log_path: format!("{name}.log"),
+            linux: Some(v1::LinuxContainerConfig {
+                resources: Some(resources),
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let request = v1::CreateContainerRequest {
@@ -204,7 +223,11 @@ impl Pod<'_> {
     }
 
     fn run(&self, name: &str, script: &str) -> String {
-        let container_id = self.create(name, script);
+        self.run_limited(name, script, 0)
+    }
+
+    fn run_limited(&self, name: &str, script: &str, memory: i64) -> String {
+        let container_id = self.create_limited(name, script, memory);
         let request = v1::StartContainerRequest {
             container_id: container_id.clone(),
         };
@@ -432,4 +455,103 @@ fn pods_reach_each_other_over_the_bridge_plugin() {
     node.remove_pod(&server);
     node.remove_pod(&client);
     node.assert_nothing_left();
+}
+
+/// containerd 2.1 calls nothing more for a pod whose start fails: cleaning up is ours.
+#[test]
+fn a_pod_that_cannot_start_leaves_nothing() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let node = Node::new(&Options::default());
+    let refuse = |linux: v1::LinuxPodSandboxConfig| {
+        let request = v1::RunPodSandboxRequest {
+            config: Some(v1::PodSandboxConfig {
+                linux: Some(linux),
+                ..node.pod_config("refused")
+            }),
+            runtime_handler: HANDLER.to_owned(),
+        };
+        let refused = node.containerd.cri.run_pod_sandbox(request);
+        refused.unwrap_err().message().to_owned()
+    };
+    // Refused before there is a machine, and after its guest is up.
+    let host_pid = v1::NamespaceOption {
+        pid: v1::NamespaceMode::Node.into(),
+        ..Default::default()
+    };
+    let why = refuse(v1::LinuxPodSandboxConfig {
+        security_context: Some(v1::LinuxSandboxSecurityContext {
+            namespace_options: Some(host_pid),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    assert!(why.contains("hostPID"), "{why}");
+    let why = refuse(v1::LinuxPodSandboxConfig {
+        sysctls: [("kernel.nonsense".to_owned(), "1".to_owned())].into(),
+        ..Default::default()
+    });
+    assert!(why.contains("kernel.nonsense"), "{why}");
+    node.assert_nothing_left();
+}
+
+/// The one event that CRI takes from us: without it the exit code alone says nothing.
+#[test]
+fn a_container_out_of_memory_says_so() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let sockets = tempfile::tempdir().unwrap();
+    let ttrpc = sockets.path().join("ttrpc");
+    let config = format!("[events]\ncontainerd = {ttrpc:?}\n");
+    let options = Options {
+        ttrpc: Some(ttrpc),
+        snapshotter: "native",
+        ..Options::default()
+    };
+    let node = Node::with_config(&config, &options);
+    let pod = node.run_pod("hungry");
+    let eater = pod.run_limited("eater", "exec tail /dev/zero", 16 << 20);
+    let ended = eventually("the end of the container", SOON * 4, || {
+        let status = node.status(&eater);
+        (status.state() == v1::ContainerState::ContainerExited).then_some(status)
+    });
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
+    let id = pod.id.clone();
+    node.remove_pod(&id);
+    node.assert_nothing_left();
+}
+
+/// Pods are threads of the daemon: they end with it. containerd must learn it, and be able to
+/// clean up with the next daemon.
+#[test]
+fn pods_of_a_daemon_that_died_can_be_removed() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    let mut node = Node::new(&Options::default());
+    let pod = node.run_pod("orphan");
+    let container = pod.run("main", "sleep 1000");
+    let id = pod.id.clone();
+    node.world.daemon.kill_and_restart();
+    let ended = eventually("the container's end", SOON, || {
+        let status = node.status(&container);
+        (status.state() == v1::ContainerState::ContainerExited).then_some(status)
+    });
+    assert_ne!(ended.exit_code, 0);
+    eventually("the pod's end", SOON, || {
+        (node.pod_state(&id) == v1::PodSandboxState::SandboxNotready).then_some(())
+    });
+    // What it left, containerd has our shim program clean up.
+    node.containerd.restart(Signal::SIGTERM);
+    assert_eq!(
+        node.pod_state(&id),
+        v1::PodSandboxState::SandboxNotready,
+        "still"
+    );
+    node.remove_pod(&id);
+    // The next pod has nothing to do with it.
+    let next = node.run_pod("next").id;
+    assert_eq!(node.pod_state(&next), v1::PodSandboxState::SandboxReady);
+    node.remove_pod(&next);
+    assert_eq!(node.pods(), []);
+    assert_eq!(node.containerd.leftovers(), [""; 0]);
 }

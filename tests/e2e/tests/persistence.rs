@@ -10,7 +10,6 @@ use std::fs;
 use std::time::Duration;
 
 use e2e::World;
-use harness::daemon::Daemon;
 use harness::{eventually, kvm_missing, skip_if};
 
 /// Counts in a shell variable, which is nowhere but in guest memory, and writes each number to
@@ -73,8 +72,7 @@ fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
     let saved_at = counted();
     world.assert_nothing_left();
     world.daemon.terminate();
-    let next = Daemon::restart(&mut world.daemon);
-    world.daemon = next;
+    world.daemon.start_again();
     world.ctl.run(["restore", "counter"]).expect_code(0);
     reaches(saved_at + 2);
     let text = fs::read_to_string(&file).unwrap();

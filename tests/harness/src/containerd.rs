@@ -39,6 +39,8 @@ pub struct Options {
     pub snapshotter: &'static str,
     /// Network of the pods' bridge, its first three bytes.
     pub subnet: &'static str,
+    /// Where containerd takes events; unset: in its own folder.
+    pub ttrpc: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -47,6 +49,7 @@ impl Default for Options {
             io_type: "fifo",
             snapshotter: "overlayfs",
             subnet: "10.213.7",
+            ttrpc: None,
         }
     }
 }
@@ -313,6 +316,8 @@ fn launch(dir: &Path, netns: &NetNs) -> Child {
 }
 
 fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
+    let own = dir.join("containerd.sock.ttrpc");
+    let ttrpc = options.ttrpc.as_ref().unwrap_or(&own).display();
     let dir = dir.display();
     let Options {
         io_type,
@@ -334,7 +339,7 @@ disabled_plugins = [
 [grpc]
   address = "{dir}/containerd.sock"
 [ttrpc]
-  address = "{dir}/containerd.sock.ttrpc"
+  address = "{ttrpc}"
 [debug]
   level = "debug"
 

@@ -35,51 +35,26 @@ impl Daemon {
             .expect("temporary dir");
         let config_path = dir.path().join("config.toml");
         std::fs::write(&config_path, config).expect("write the daemon's config");
-        Self::start_in(dir)
+        let child = launch(dir.path());
+        Self { child, dir }
     }
 
-    /// Starts another daemon in the place of `ended`, with its configuration and socket.
+    /// Starts the next daemon on the same folder and socket, once this one has ended.
     ///
     /// # Panics
-    /// As for [`Daemon::start`].
-    #[must_use]
-    pub fn restart(ended: &mut Self) -> Self {
-        let empty = tempfile::tempdir().expect("temporary dir");
-        Self::start_in(std::mem::replace(&mut ended.dir, empty))
+    /// When that does not become ready; the message holds its log.
+    pub fn start_again(&mut self) {
+        let _ = self.child.wait();
+        self.child = launch(self.dir.path());
     }
 
-    fn start_in(dir: TempDir) -> Self {
-        let config_path = dir.path().join("config.toml");
-        let notify_path = dir.path().join("notify");
-        // An earlier daemon's.
-        let _ = std::fs::remove_file(&notify_path);
-        let notify = UnixDatagram::bind(&notify_path).expect("bind the notify socket");
-        notify
-            .set_read_timeout(Some(LIMIT))
-            .expect("set a deadline");
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(dir.path().join("daemon.log"))
-            .expect("open the daemon's log");
-        let child = Command::new(bin_dir().join("vmm-sandboxer"))
-            .arg("--listen")
-            .arg(dir.path().join("sandboxer.sock"))
-            .arg("--dir")
-            .arg(dir.path().join("state"))
-            .arg("--config")
-            .arg(&config_path)
-            .env("NOTIFY_SOCKET", &notify_path)
-            .stderr(log)
-            .spawn()
-            .expect("start vmm-sandboxer (was it built?)");
-        let daemon = Self { child, dir };
-        let mut message = [0; 4096];
-        match notify.recv(&mut message) {
-            Ok(n) if String::from_utf8_lossy(&message[..n]).contains("READY=1") => {}
-            other => panic!("the daemon did not say READY: {other:?}\n{}", daemon.log()),
-        }
-        daemon
+    /// Ends the daemon with SIGKILL and starts the next one on the same folder and socket.
+    ///
+    /// # Panics
+    /// When that does not become ready; the message holds its log.
+    pub fn kill_and_restart(&mut self) {
+        let _ = self.child.kill();
+        self.start_again();
     }
 
     /// Process id of the daemon.
@@ -128,6 +103,43 @@ impl Daemon {
         eventually("the daemon's end", LIMIT, || {
             self.child.try_wait().expect("wait for the daemon")
         })
+    }
+}
+
+/// Starts the daemon of `dir` and waits until it says READY.
+fn launch(dir: &Path) -> Child {
+    let notify_path = dir.join("notify");
+    let _ = std::fs::remove_file(&notify_path);
+    let notify = UnixDatagram::bind(&notify_path).expect("bind the notify socket");
+    notify
+        .set_read_timeout(Some(LIMIT))
+        .expect("set a deadline");
+    let log_path = dir.join("daemon.log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(&log_path)
+        .expect("create the daemon's log");
+    let mut child = Command::new(bin_dir().join("vmm-sandboxer"))
+        .arg("--listen")
+        .arg(dir.join("sandboxer.sock"))
+        .arg("--dir")
+        .arg(dir.join("state"))
+        .arg("--config")
+        .arg(dir.join("config.toml"))
+        .env("NOTIFY_SOCKET", &notify_path)
+        .stderr(log)
+        .spawn()
+        .expect("start vmm-sandboxer (was it built?)");
+    let mut message = [0; 4096];
+    match notify.recv(&mut message) {
+        Ok(n) if String::from_utf8_lossy(&message[..n]).contains("READY=1") => child,
+        other => {
+            let _ = child.kill();
+            let _ = child.wait();
+            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+            panic!("the daemon did not say READY: {other:?}\n{log}");
+        }
     }
 }
 
