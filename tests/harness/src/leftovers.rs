@@ -21,7 +21,7 @@ pub struct Held {
     pub mounts: Vec<String>,
     /// Child processes of the daemon.
     pub children: Vec<String>,
-    /// Every cgroup of the host.
+    /// Every cgroup of the host without a process: those of others come and go.
     pub cgroups: BTreeSet<String>,
     /// Files and folders in the daemon's state folder.
     pub files: BTreeSet<String>,
@@ -55,7 +55,7 @@ impl Held {
             held.files.insert(path.to_string_lossy().into_owned());
         });
         walk(Path::new("/sys/fs/cgroup"), &mut |path| {
-            if path.is_dir() {
+            if path.is_dir() && is_empty_cgroup(path) {
                 held.cgroups.insert(path.to_string_lossy().into_owned());
             }
         });
@@ -94,6 +94,11 @@ impl Held {
             "the pod left something behind\nbefore: {self:#?}\nafter: {last:#?}"
         );
     }
+}
+
+/// Whether nothing runs in a cgroup: what is left of a pod is empty.
+fn is_empty_cgroup(path: &Path) -> bool {
+    fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|pids| pids.trim().is_empty())
 }
 
 /// Names of entries in a folder; empty when it cannot be read.
