@@ -81,7 +81,7 @@ impl Held {
                 && last.vm_fds == self.vm_fds
                 && last.mounts == self.mounts
                 && last.children == self.children
-                && last.cgroups == self.cgroups
+                && last.cgroups.is_subset(&self.cgroups)
                 && last.files == self.files;
             if same {
                 Some(true)
