@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use e2e::World;
@@ -77,6 +78,53 @@ fn every_clone_is_someone_else() {
     assert_eq!(alive.expect_code(0).stdout, "alive\n");
     world.ctl.run(["rm", "--force", "second"]).expect_code(0);
     world.assert_nothing_left();
+}
+
+/// Sets or lifts the daemon's limit of address space, in bytes.
+fn limit_memory(world: &World, bytes: Option<u64>) -> bool {
+    let limit = bytes.map_or_else(|| "unlimited".to_owned(), |bytes| bytes.to_string());
+    let pid = world.daemon.pid().to_string();
+    let status = Command::new("prlimit")
+        .args(["--pid", &pid, &format!("--as={limit}:unlimited")])
+        .status();
+    status.is_ok_and(|status| status.success())
+}
+
+fn address_space(world: &World) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{}/statm", world.daemon.pid())).unwrap();
+    let pages: u64 = text.split(' ').next().unwrap().parse().unwrap();
+    pages * 4096
+}
+
+#[test]
+fn a_pod_without_memory_for_it_fails_alone() {
+    skip_if!(kvm_missing());
+    let mut world = World::new();
+    detached(&world, "witness");
+    let rootfs = world.rootfs.to_str().unwrap().to_owned();
+    let run = |world: &World| {
+        world
+            .ctl
+            .run(["run", "--rootfs", &rootfs, "--", "/bin/true"])
+    };
+    // Room for everything but a guest's memory.
+    let room = address_space(&world) + (64 << 20);
+    if !limit_memory(&world, Some(room)) {
+        eprintln!("skipped: the daemon's memory cannot be limited with prlimit");
+        return;
+    }
+    let refused = run(&world);
+    refused.expect_code(125);
+    assert!(refused.stderr.contains("guest memory"), "{refused:?}");
+    let alive = world
+        .ctl
+        .run(["exec", "witness", "--", "/bin/echo", "alive"]);
+    assert_eq!(alive.expect_code(0).stdout, "alive\n");
+    assert!(limit_memory(&world, None));
+    run(&world).expect_code(0);
+    world.ctl.run(["rm", "--force", "witness"]).expect_code(0);
+    world.assert_nothing_left();
+    assert!(world.daemon.is_running());
 }
 
 /// A template that cannot be kept is still used, by pods of this daemon.
