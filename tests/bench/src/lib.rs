@@ -29,6 +29,15 @@ pub fn median(samples: &[f64]) -> Option<f64> {
         .map(|lower| f64::midpoint(*lower, upper))
 }
 
+/// The smallest sample that 99 of 100 samples do not exceed; `None` without samples.
+#[must_use]
+pub fn p99(samples: &[f64]) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() * 99).div_ceil(100);
+    sorted.get(rank.checked_sub(1)?).copied()
+}
+
 /// A duration in milliseconds.
 #[must_use]
 pub fn millis(duration: Duration) -> f64 {
@@ -37,7 +46,17 @@ pub fn millis(duration: Duration) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::median;
+    use super::{median, p99};
+
+    #[test]
+    fn percentiles() {
+        assert_eq!(p99(&[]), None);
+        assert_eq!(p99(&[7.0]), Some(7.0));
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(p99(&hundred), Some(99.0));
+        let sixty: Vec<f64> = (1..=60).map(f64::from).collect();
+        assert_eq!(p99(&sixty), Some(60.0));
+    }
 
     #[test]
     fn medians() {

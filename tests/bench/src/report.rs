@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use humantime_serde::re::humantime;
 use serde::Serialize;
 
-use crate::median;
+use crate::{median, p99};
 
 /// One measured quantity.
 #[derive(Clone, Debug, Serialize)]
@@ -21,7 +21,12 @@ pub struct Figure {
     pub samples: Vec<f64>,
     /// Middle of the samples.
     pub median: Option<f64>,
+    /// 99 of 100 samples are no larger; only of [`ENOUGH`] samples or more.
+    pub p99: Option<f64>,
 }
+
+/// Fewest samples whose 99th percentile is told.
+const ENOUGH: usize = 50;
 
 /// A finished benchmark.
 #[derive(Clone, Debug, Serialize)]
@@ -76,6 +81,7 @@ impl Report {
     /// Adds a figure.
     pub fn add(&mut self, subject: &str, name: &str, unit: &'static str, samples: Vec<f64>) {
         let median = median(&samples);
+        let p99 = (samples.len() >= ENOUGH).then(|| p99(&samples)).flatten();
         let (name, subject) = (name.to_owned(), subject.to_owned());
         self.figures.push(Figure {
             name,
@@ -83,6 +89,7 @@ impl Report {
             unit,
             samples,
             median,
+            p99,
         });
     }
 
@@ -96,8 +103,8 @@ impl Report {
         }
         println!();
         println!(
-            "{:<34} {:<18} {:>12} {:<8} {:>9}",
-            "what", "who", "median", "unit", "vs ours"
+            "{:<34} {:<18} {:>12} {:>10} {:<8} {:>9}",
+            "what", "who", "median", "p99", "unit", "vs ours"
         );
         for figure in &self.figures {
             let Some(value) = figure.median else { continue };
@@ -110,8 +117,9 @@ impl Report {
                 Some(ours) if ours > 0.0 && self.is_peer(figure) => format!("{:.2}x", value / ours),
                 _ => String::new(),
             };
+            let p99 = figure.p99.map_or_else(String::new, |p| format!("{p:.2}"));
             println!(
-                "{:<34} {:<18} {value:>12.1} {:<8} {ratio:>9}",
+                "{:<34} {:<18} {value:>12.2} {p99:>10} {:<8} {ratio:>9}",
                 figure.name, figure.subject, figure.unit
             );
         }

@@ -58,6 +58,7 @@ async fn main() {
         "kuasar-embed".to_owned(),
         env!("CARGO_PKG_VERSION").to_owned(),
     ));
+    report.command = std::env::args().collect::<Vec<_>>().join(" ");
     let scratch = tempfile::tempdir().expect("a scratch folder");
     for (subject, mode, warm, runs) in [
         (OURS, TemplateMode::Auto, 2, args.clones),
