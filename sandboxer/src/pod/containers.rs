@@ -128,7 +128,12 @@ impl Pod {
     ) -> Result<u32> {
         let (spec, storage) = self.prepare_files(request).await?;
         container.set_storage(storage);
-        let host = HostStdio::open(&request.stdio, &owner(&request.namespace, &request.id)).await?;
+        let host = HostStdio::open(
+            &request.stdio,
+            &owner(&request.namespace, &request.id),
+            &self.streams,
+        )
+        .await?;
         let spec_json = to_json(&spec)?;
         let pid = machine
             .agent
@@ -275,7 +280,7 @@ impl Pod {
         oci::clean_process(&mut spec, &request.container_id);
         set_terminal(Some(&mut spec), request.stdio.terminal);
         let owner = owner(&request.namespace, &request.container_id);
-        let host = HostStdio::open(&request.stdio, &owner).await?;
+        let host = HostStdio::open(&request.stdio, &owner, &self.streams).await?;
         machine
             .agent
             .create_exec(rpc::CreateExecRequest {

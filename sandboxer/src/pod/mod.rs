@@ -39,6 +39,7 @@ pub use process::{Exit, KILLED, Process, ProcessState};
 pub use request::PodRequest;
 pub use resources::MachineSize;
 pub use stdio::{LogOwner, StdioPaths};
+pub(crate) use stdio::{Outlet, StreamEnd, Streams};
 pub use storage::RootfsMount;
 pub use tasks::TASKS_EXTENSION;
 
@@ -132,6 +133,7 @@ pub struct Pod {
     machine: Mutex<Option<Arc<Machine>>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     tasks: Mutex<TaskList>,
+    streams: Arc<Streams>,
     /// Operations under way; the pod's folder outlives them.
     operations: TaskTracker,
     network: Mutex<Option<PodNetwork>>,
@@ -205,6 +207,7 @@ impl Pod {
             machine: Mutex::new(None),
             containers: Mutex::new(HashMap::new()),
             tasks: Mutex::new(TaskList::default()),
+            streams: Arc::new(Streams::default()),
             operations: TaskTracker::new(),
             network: Mutex::new(None),
             share: Mutex::new(Some(share)),
@@ -240,6 +243,11 @@ impl Pod {
     #[must_use]
     pub fn task_socket(&self) -> PathBuf {
         self.dir.join("task.sock")
+    }
+
+    /// What callers of the Task API connect to instead of fifos.
+    pub(crate) fn streams(&self) -> Arc<Streams> {
+        Arc::clone(&self.streams)
     }
 
     /// Its phase now.

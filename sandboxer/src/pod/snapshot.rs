@@ -310,7 +310,8 @@ impl Pod {
             init.exited(Exit::now(code));
             return Ok(());
         }
-        let host = HostStdio::open(&saved.stdio, &owner(&saved.namespace, &saved.id)).await?;
+        let owner = owner(&saved.namespace, &saved.id);
+        let host = HostStdio::open(&saved.stdio, &owner, &self.streams).await?;
         let stdio = self.wire_stdio(machine, init, host).await?;
         init.created(saved.pid, stdio);
         init.begin_start()?;

@@ -2,6 +2,7 @@
 
 mod convert;
 mod service;
+pub(crate) mod streaming;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -57,6 +58,7 @@ impl TaskServer {
         if let Some(v2) = create_task(service as _).remove(TASK_V3) {
             services.insert(TASK_V2.to_owned(), v2);
         }
+        services.insert(streaming::SERVICE.to_owned(), streaming::service(pod));
         let mut server = Server::new()
             .add_listener(Listener::new(UnixListenerStream::new(listener)))
             .register_service(services);

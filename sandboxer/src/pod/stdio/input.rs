@@ -1,16 +1,30 @@
 //! The host's end of stdin.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use tokio::io::AsyncRead;
 use tokio::net::unix::pipe;
 
 use super::super::error::{PodError, Result};
 use super::path_of;
+use super::streams::{Registered, SCHEME, Streams};
 
 /// Keeps a fifo from reporting end of file before the API says stdin is closed: a client
 /// may close its end and open it again.
-pub(super) type Closer = pipe::Sender;
+#[derive(Debug)]
+pub(super) enum Closer {
+    /// A write end of the fifo.
+    Fifo {
+        /// Held, never written to.
+        _writer: pipe::Sender,
+    },
+    /// The stream can be connected to.
+    Stream {
+        /// Held.
+        _stream: Registered,
+    },
+}
 
 /// Where stdin is read from.
 pub(super) struct Input {
@@ -25,7 +39,14 @@ impl std::fmt::Debug for Input {
 }
 
 impl Input {
-    pub(super) fn open(name: &str) -> Result<Self> {
+    pub(super) fn open(name: &str, streams: &Arc<Streams>) -> Result<Self> {
+        if name.starts_with(SCHEME) {
+            let (reader, stream) = streams.open_input(name)?;
+            return Ok(Self {
+                reader: Box::new(reader),
+                closer: Some(Closer::Stream { _stream: stream }),
+            });
+        }
         let path = path_of("stdin", name)?;
         let failed = || format!("opening stdin {}", path.display());
         if is_fifo(&path).map_err(PodError::io(failed()))? {
@@ -38,7 +59,7 @@ impl Input {
                 .map_err(PodError::io(failed()))?;
             return Ok(Self {
                 reader: Box::new(reader),
-                closer: Some(closer),
+                closer: Some(Closer::Fifo { _writer: closer }),
             });
         }
         let file = std::fs::File::open(&path).map_err(PodError::io(failed()))?;

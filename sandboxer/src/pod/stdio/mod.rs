@@ -1,7 +1,8 @@
 //! The standard streams of a process, between what the Task API names and the guest.
 //!
 //! A stream is named by the path of a fifo, `file://path`, `binary://path?args` (a logging
-//! program, for stdout and stderr together) or nothing. The write ends of fifos close when
+//! program, for stdout and stderr together), the address of the Task API with an id (see
+//! [`Streams`]) or nothing. The write ends of fifos close when
 //! the process has exited and its output is drained, since containerd waits for that before
 //! it deletes a task; a read end stays open until then, so that a reader which restarts in
 //! between loses nothing.
@@ -10,12 +11,13 @@ mod copy;
 mod input;
 mod logger;
 mod output;
+mod streams;
 #[cfg(test)]
 mod tests;
 
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use agent_api::rpc;
@@ -27,6 +29,7 @@ use vmm_core::vm::GuestStream;
 use self::input::Input;
 use self::logger::Logger;
 use self::output::Output;
+pub(crate) use self::streams::{End as StreamEnd, Outlet, Streams};
 use super::error::{PodError, Result};
 
 /// Where the streams of a process go, as the Task API names it.
@@ -99,10 +102,14 @@ impl HostStdio {
     ///
     /// # Errors
     /// Names the stream and the path that cannot be opened.
-    pub async fn open(paths: &StdioPaths, owner: &LogOwner) -> Result<Self> {
+    pub async fn open(
+        paths: &StdioPaths,
+        owner: &LogOwner,
+        streams: &Arc<Streams>,
+    ) -> Result<Self> {
         let stdin = match paths.stdin.as_str() {
             "" => None,
-            path => Some(Input::open(path)?),
+            path => Some(Input::open(path, streams)?),
         };
         let wants_stderr = !paths.terminal && !paths.stderr.is_empty();
         if let Some(url) = paths.stdout.strip_prefix("binary://") {
@@ -116,7 +123,7 @@ impl HostStdio {
         }
         let open = |field: &'static str, name: &str| match name {
             "" => Ok(None),
-            name => Output::open(field, name).map(Some),
+            name => Output::open(field, name, streams).map(Some),
         };
         Ok(Self {
             stdin,
@@ -220,7 +227,7 @@ fn path_of(field: &'static str, name: &str) -> Result<PathBuf> {
             return Err(PodError::invalid(
                 field,
                 name,
-                "use the path of a fifo, file:// or binary://",
+                "use the path of a fifo, file://, binary:// or ttrpc+unix://",
             ));
         }
     };

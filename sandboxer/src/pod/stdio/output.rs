@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use tokio::io::AsyncWrite;
 use tokio::net::unix::pipe;
@@ -11,9 +12,22 @@ use tokio::net::unix::pipe;
 use super::super::error::{PodError, Result};
 use super::input::is_fifo;
 use super::path_of;
+use super::streams::{Registered, SCHEME, Streams};
 
-/// A read end of the fifo, so that what was written survives a reader that restarts.
-pub(super) type Keeper = pipe::Receiver;
+/// Keeps what was written while its reader restarts.
+#[derive(Debug)]
+pub(super) enum Keeper {
+    /// A read end of the fifo.
+    Fifo {
+        /// Held, never read.
+        _reader: pipe::Receiver,
+    },
+    /// The stream can be connected to again.
+    Stream {
+        /// Held.
+        _stream: Registered,
+    },
+}
 
 /// Where output is written to.
 pub(super) struct Output {
@@ -29,7 +43,14 @@ impl std::fmt::Debug for Output {
 
 impl Output {
     /// Opens the fifo or appends to the file that `name` names.
-    pub(super) fn open(field: &'static str, name: &str) -> Result<Self> {
+    pub(super) fn open(field: &'static str, name: &str, streams: &Arc<Streams>) -> Result<Self> {
+        if name.starts_with(SCHEME) {
+            let (writer, stream) = streams.open_output(name)?;
+            return Ok(Self {
+                writer: Box::new(writer),
+                keeper: Some(Keeper::Stream { _stream: stream }),
+            });
+        }
         let path = path_of(field, name)?;
         let failed = || format!("opening {field} {}", path.display());
         let fifo = match is_fifo(&path) {
@@ -49,7 +70,7 @@ impl Output {
         let writer = pipe::OpenOptions::new().open_sender(path)?;
         Ok(Self {
             writer: Box::new(writer),
-            keeper: Some(keeper),
+            keeper: Some(Keeper::Fifo { _reader: keeper }),
         })
     }
 

@@ -10,6 +10,10 @@ use tokio::time::timeout;
 
 use super::*;
 
+fn no_streams() -> Arc<Streams> {
+    Arc::new(Streams::default())
+}
+
 /// Longer than anything here takes, shorter than a hanging test would be.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -28,7 +32,9 @@ fn text(path: &Path) -> String {
 
 /// Opens `paths` and connects them to the returned guest ends of stdin and stdout.
 async fn connect(paths: &StdioPaths, drain: Duration) -> (Stdio, DuplexStream, DuplexStream) {
-    let host = HostStdio::open(paths, &LogOwner::default()).await.unwrap();
+    let host = HostStdio::open(paths, &LogOwner::default(), &no_streams())
+        .await
+        .unwrap();
     let (stdin, guest_stdin) = duplex(1 << 20);
     let (stdout, guest_stdout) = duplex(1 << 20);
     let guest = GuestStdio {
@@ -207,7 +213,9 @@ async fn a_logging_program_gets_the_output_and_the_container_id() {
         namespace: "k8s.io".to_owned(),
         container_id: "c1".to_owned(),
     };
-    let host = HostStdio::open(&paths, &owner).await.unwrap();
+    let host = HostStdio::open(&paths, &owner, &no_streams())
+        .await
+        .unwrap();
     let (stdout, mut guest) = duplex(1 << 20);
     let streams = GuestStdio {
         stdout: Some(Box::new(stdout)),
@@ -262,7 +270,7 @@ async fn what_cannot_be_opened_is_named() {
             "absolute",
         ),
     ] {
-        let error = HostStdio::open(&paths, &LogOwner::default())
+        let error = HostStdio::open(&paths, &LogOwner::default(), &no_streams())
             .await
             .unwrap_err()
             .to_string();
@@ -278,7 +286,9 @@ async fn a_terminal_has_no_stderr() {
         terminal: true,
         ..Default::default()
     };
-    let host = HostStdio::open(&paths, &LogOwner::default()).await.unwrap();
+    let host = HostStdio::open(&paths, &LogOwner::default(), &no_streams())
+        .await
+        .unwrap();
     assert!(host.stderr.is_none());
     assert!(!paths.to_rpc().stderr);
 }

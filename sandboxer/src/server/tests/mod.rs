@@ -3,6 +3,7 @@
 mod containers;
 mod faults;
 mod lifecycle;
+mod streaming;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,246 +1,43 @@
 //! containerd with our daemon as its sandboxer, used through CRI as the kubelet uses it.
 #![allow(
     clippy::expect_used,
+    clippy::indexing_slicing,
     clippy::tests_outside_test_module,
     clippy::unwrap_used,
     reason = "the whole file is a test"
 )]
 
-use std::path::PathBuf;
+mod node;
+
 use std::time::{Duration, Instant};
 
-use e2e::World;
 use harness::cgroup::PodCgroup;
-use harness::containerd::{Containerd, HANDLER, Options, containerd_missing};
+use harness::containerd::{HANDLER, Options, containerd_missing};
 use harness::cri::v1;
-use harness::image::{Image, Layer};
 use harness::{eventually, kvm_missing, skip_if};
 use nix::sys::signal::Signal;
-use serde_json::json;
 
-const IMAGE: &str = "docker.io/library/box:1";
-
-/// A container's state may reach CRI a moment after the fact.
-const SOON: Duration = Duration::from_secs(30);
-
-/// containerd beside the daemon of a [`World`], with an image.
-struct Node {
-    containerd: Containerd,
-    world: World,
-}
-
-impl Node {
-    fn new(options: &Options) -> Self {
-        Self::with_config("", options)
-    }
-
-    fn with_config(config: &str, options: &Options) -> Self {
-        let world = World::with_config(config);
-        let containerd = Containerd::start(&world.daemon, options);
-        let layer = Layer::new().tree(&world.rootfs, "".as_ref());
-        let config = json!({"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["/bin/sleep", "7"]});
-        let archive = world.scratch().join("box.tar");
-        let archive = Image::new([layer], &config).docker_archive(&archive, IMAGE);
-        containerd.import(&archive, IMAGE);
-        Self { containerd, world }
-    }
-
-    fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
-        v1::PodSandboxConfig {
-            metadata: Some(v1::PodSandboxMetadata {
-                name: name.to_owned(),
-                uid: format!("uid-{name}"),
-                namespace: "default".to_owned(),
-                attempt: 0,
-            }),
-            hostname: name.to_owned(),
-            log_directory: self.logs().to_string_lossy().into_owned(),
-            dns_config: Some(v1::DnsConfig {
-                servers: vec!["10.96.0.10".to_owned()],
-                searches: vec!["svc.local".to_owned()],
-                options: vec![],
-            }),
-            labels: [("app".to_owned(), name.to_owned())].into(),
-            ..Default::default()
-        }
-    }
-
-    fn logs(&self) -> PathBuf {
-        self.world.scratch().join("logs")
-    }
-
-    fn run_pod(&self, name: &str) -> Pod<'_> {
-        self.run_pod_of(self.pod_config(name))
-    }
-
-    fn run_pod_of(&self, config: v1::PodSandboxConfig) -> Pod<'_> {
-        let request = v1::RunPodSandboxRequest {
-            config: Some(config.clone()),
-            runtime_handler: HANDLER.to_owned(),
-        };
-        let id = self.containerd.cri.run_pod_sandbox(request).unwrap();
-        Pod {
-            node: self,
-            id: id.pod_sandbox_id,
-            config,
-        }
-    }
-
-    fn pods(&self) -> Vec<v1::PodSandbox> {
-        let request = v1::ListPodSandboxRequest::default();
-        self.containerd.cri.list_pod_sandbox(request).unwrap().items
-    }
-
-    fn pod_state(&self, id: &str) -> v1::PodSandboxState {
-        let request = v1::PodSandboxStatusRequest {
-            pod_sandbox_id: id.to_owned(),
-            verbose: false,
-        };
-        // containerd may still wait before it dials a new daemon.
-        eventually("the pod's status", SOON, || {
-            let status = self.containerd.cri.pod_sandbox_status(request.clone());
-            Some(status.ok()?.status?.state())
-        })
-    }
-
-    fn status(&self, container: &str) -> v1::ContainerStatus {
-        let request = v1::ContainerStatusRequest {
-            container_id: container.to_owned(),
-            verbose: false,
-        };
-        let status = self.containerd.cri.container_status(request).unwrap();
-        status.status.unwrap()
-    }
-
-    fn exited(&self, container: &str) -> v1::ContainerStatus {
-        eventually("the container's end", SOON, || {
-            let status = self.status(container);
-            (status.state() == v1::ContainerState::ContainerExited).then_some(status)
-        })
-    }
-
-    fn exec(&self, container: &str, script: &str) -> (String, String, i32) {
-        let request = v1::ExecSyncRequest {
-            container_id: container.to_owned(),
-            cmd: ["/bin/sh", "-c", script].map(str::to_owned).into(),
-            timeout: 120,
-        };
-        let done = self.containerd.cri.exec_sync(request).unwrap();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (text(done.stdout), text(done.stderr), done.exit_code)
-    }
-
-    fn log(&self, name: &str) -> String {
-        std::fs::read_to_string(self.logs().join(format!("{name}.log"))).unwrap_or_default()
-    }
-
-    fn stop_container(&self, id: &str, seconds: i64) {
-        let request = v1::StopContainerRequest {
-            container_id: id.to_owned(),
-            timeout: seconds,
-        };
-        self.containerd.cri.stop_container(request).unwrap();
-    }
-
-    fn remove_container(&self, id: &str) {
-        let request = v1::RemoveContainerRequest {
-            container_id: id.to_owned(),
-        };
-        self.containerd.cri.remove_container(request).unwrap();
-    }
-
-    fn stop_pod(&self, id: &str) {
-        let request = v1::StopPodSandboxRequest {
-            pod_sandbox_id: id.to_owned(),
-        };
-        self.containerd.cri.stop_pod_sandbox(request).unwrap();
-    }
-
-    fn remove_pod(&self, id: &str) {
-        let request = v1::RemovePodSandboxRequest {
-            pod_sandbox_id: id.to_owned(),
-        };
-        self.containerd.cri.remove_pod_sandbox(request).unwrap();
-    }
-
-    /// Nothing of any pod is left, around containerd and in the daemon.
-    fn assert_nothing_left(self) {
-        assert_eq!(self.pods(), []);
-        assert_eq!(self.containerd.leftovers(), [""; 0]);
-        let links = self.containerd.netns().ip("-o link");
-        assert!(!links.contains("veth"), "{links}");
-        // Its connections to the daemon end with it.
-        drop(self.containerd);
-        self.world.assert_nothing_left();
-    }
-}
-
-struct Pod<'a> {
-    node: &'a Node,
-    id: String,
-    config: v1::PodSandboxConfig,
-}
-
-impl Pod<'_> {
-    /// A container that runs a shell script, created and not started.
-    fn create(&self, name: &str, script: &str) -> String {
-        self.create_limited(name, script, 0)
-    }
-
-    fn create_limited(&self, name: &str, script: &str, memory: i64) -> String {
-        let resources = v1::LinuxContainerResources {
-            memory_limit_in_bytes: memory,
-            ..Default::default()
-        };
-        let config = v1::ContainerConfig {
-            metadata: Some(v1::ContainerMetadata {
-                name: name.to_owned(),
-                attempt: 0,
-            }),
-            image: Some(v1::ImageSpec {
-                image: IMAGE.to_owned(),
-                ..Default::default()
-            }),
-            command: ["/bin/sh", "-c", script].map(str::to_owned).into(),
-            envs: vec![v1::KeyValue {
-                key: "GIVEN".to_owned(),
-                value: "too".to_owned(),
-            }],
-            log_path: format!("{name}.log"),
-            linux: Some(v1::LinuxContainerConfig {
-                resources: Some(resources),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        let request = v1::CreateContainerRequest {
-            pod_sandbox_id: self.id.clone(),
-            config: Some(config),
-            sandbox_config: Some(self.config.clone()),
-        };
-        let cri = &self.node.containerd.cri;
-        cri.create_container(request).unwrap().container_id
-    }
-
-    fn run(&self, name: &str, script: &str) -> String {
-        self.run_limited(name, script, 0)
-    }
-
-    fn run_limited(&self, name: &str, script: &str, memory: i64) -> String {
-        let container_id = self.create_limited(name, script, memory);
-        let request = v1::StartContainerRequest {
-            container_id: container_id.clone(),
-        };
-        self.node.containerd.cri.start_container(request).unwrap();
-        container_id
-    }
-}
+use node::{Node, Pod, SOON};
 
 #[test]
 fn a_pod_of_the_kubelet_runs_in_a_vm_and_leaves_nothing() {
     skip_if!(kvm_missing());
     skip_if!(containerd_missing());
-    let node = Node::new(&Options::default());
+    life_of_a_pod(&Options::default());
+}
+
+#[test]
+fn streams_take_the_place_of_fifos() {
+    skip_if!(kvm_missing());
+    skip_if!(containerd_missing());
+    life_of_a_pod(&Options {
+        io_type: "streaming",
+        ..Options::default()
+    });
+}
+
+fn life_of_a_pod(options: &Options) {
+    let node = Node::new(options);
     let cri = &node.containerd.cri;
     let pod = node.run_pod("first");
 
@@ -287,11 +84,13 @@ fn a_pod_of_the_kubelet_runs_in_a_vm_and_leaves_nothing() {
     assert_eq!((stderr.as_str(), code), ("bad\n", 9));
 
     // A second container shares the guest, and has files and processes of its own.
-    let side = pod.run("side", "hostname; exit 4");
+    let side = pod.run("side", "hostname; seq 1 3000; exit 4");
     let ended = node.exited(&side);
     assert_eq!((ended.exit_code, ended.reason.as_str()), (4, "Error"));
     assert!(ended.finished_at >= ended.started_at && ended.started_at > 0);
-    assert!(node.log("side").contains(" stdout F first\n"));
+    let log = node.log("side");
+    assert!(log.contains(" stdout F first\n"), "{log}");
+    assert_eq!(log.lines().count(), 3001, "nothing is lost at the end");
     node.remove_container(&side);
 
     let stats = cri
@@ -386,7 +185,16 @@ fn stats_of_a_pod_list_its_containers() {
 fn pods_survive_a_restart_of_containerd() {
     skip_if!(kvm_missing());
     skip_if!(containerd_missing());
-    let mut node = Node::new(&Options::default());
+    for io_type in ["fifo", "streaming"] {
+        survive(&Options {
+            io_type,
+            ..Options::default()
+        });
+    }
+}
+
+fn survive(options: &Options) {
+    let mut node = Node::new(options);
     let pod = node.run_pod("survivor");
     let script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done";
     let (id, container) = (pod.id.clone(), pod.run("main", script));
