@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -143,6 +144,20 @@ fn launch(dir: &Path) -> Child {
     }
 }
 
+/// Unmounts everything below `dir`, what was mounted last first.
+fn detach_below(dir: &Path) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points: Vec<PathBuf> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from)
+        .filter(|point| point.starts_with(dir) && point != dir)
+        .collect();
+    for point in points.iter().rev() {
+        let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if self.is_running() && !std::thread::panicking() {
@@ -150,8 +165,41 @@ impl Drop for Daemon {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // A daemon that was killed leaves its mounts, and removing the folder would go through
+        // them into what is shared with its pods.
+        detach_below(self.dir.path());
         if std::thread::panicking() {
             eprintln!("--- log of the daemon ---\n{}", self.log());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::mount::{MsFlags, mount};
+
+    use super::*;
+
+    #[test]
+    fn what_is_mounted_below_is_detached_and_not_removed() {
+        let (dir, shared) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(shared.path().join("kept"), "").unwrap();
+        let point = dir.path().join("point");
+        std::fs::create_dir(&point).unwrap();
+        let bound = mount(
+            Some(shared.path()),
+            &point,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        );
+        if let Err(e) = bound {
+            println!("skipped: cannot mount: {e}");
+            return;
+        }
+        detach_below(dir.path());
+        assert!(!point.join("kept").exists());
+        drop(dir);
+        assert!(shared.path().join("kept").exists());
     }
 }
