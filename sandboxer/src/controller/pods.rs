@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use crate::pod::{Phase, Pod, PodEnvironment, PodError, PodRequest, Result};
+use crate::pod::{Phase, Pod, PodEnvironment, PodError, PodRequest, Result, SavedPod};
 use crate::task::TaskServer;
 
 /// A pod and the server of its Task API.
@@ -93,24 +93,25 @@ impl Pods {
     /// As for [`Pod::from_disk`] and [`Pod::restore`].
     pub async fn restore(self: &Arc<Self>, dir: &Path) -> Result<Arc<Pod>> {
         let (environment, from) = (Arc::clone(&self.environment), dir.to_owned());
-        let pod = tokio::task::spawn_blocking(move || Pod::from_disk(&from, environment))
+        let made = tokio::task::spawn_blocking(move || Pod::from_disk(&from, environment));
+        let (pod, saved) = made
             .await
             .unwrap_or(Err(PodError::Cancelled("creating the sandbox")))?;
         let entry = self.insert(pod);
         entry.pod.begin_start()?;
-        self.bring_up(entry, Some(dir.to_owned())).await
+        self.bring_up(entry, Some((dir.to_owned(), saved))).await
     }
 
     async fn bring_up(
         self: &Arc<Self>,
         entry: Arc<Entry>,
-        from: Option<PathBuf>,
+        from: Option<(PathBuf, SavedPod)>,
     ) -> Result<Arc<Pod>> {
         let abandoned = entry.pod.give_up_start_on_drop();
         let pods = Arc::clone(self);
         let id = entry.pod.id().to_owned();
         let work = async move {
-            let started = Self::serve_and_start(&entry, from.as_deref()).await;
+            let started = Self::serve_and_start(&entry, from).await;
             if started.is_err() {
                 pods.release(&id, &entry).await;
             }
@@ -124,14 +125,14 @@ impl Pods {
         started
     }
 
-    async fn serve_and_start(entry: &Entry, from: Option<&Path>) -> Result<()> {
+    async fn serve_and_start(entry: &Entry, from: Option<(PathBuf, SavedPod)>) -> Result<()> {
         let server = TaskServer::start(&entry.pod).await;
         match server {
             Ok(server) => {
                 *lock(&entry.task_server) = Some(server);
                 match from {
                     None => entry.pod.start().await,
-                    Some(dir) => entry.pod.restore(dir).await,
+                    Some((dir, saved)) => entry.pod.restore(&dir, &saved).await,
                 }
             }
             Err(e) => {

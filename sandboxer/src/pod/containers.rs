@@ -238,10 +238,7 @@ impl Pod {
             .open_stream(machine.vm.as_ref(), process.id(), kind)
             .await
             .map(Some)
-            .map_err(|source| PodError::Vm {
-                pod: self.id().to_owned(),
-                source,
-            })
+            .map_err(|e| self.vm_error(e))
     }
 
     /// Adds a process to a container, not started.

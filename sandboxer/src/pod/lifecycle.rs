@@ -7,13 +7,14 @@ use agent_api::rpc;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::DropGuard;
-use tracing::{Instrument, error, info, info_span, warn};
+use tracing::{Instrument, Span, error, info, info_span, warn};
 use vmm_core::vm::{ExitReason, Vm, VmError};
 
 use super::container::Container;
 use super::process::{Exit, KILLED, Process};
+use super::snapshot::SavedContainer;
 use super::{Machine, Phase, Pod, PodError, PodNetwork, Result, lock, nanoseconds, phase};
-use crate::agent::{AgentClient, AgentEvent, Connected, Limits};
+use crate::agent::{AgentClient, AgentEvent, Limits};
 use crate::backend::MachineRequest;
 use crate::causes::with_causes;
 use crate::events::TaskEventKind;
@@ -43,31 +44,40 @@ impl Pod {
     /// The machine or its agent failed, or the start was given up. The machine is gone then
     /// and the pod is of no further use.
     pub async fn start(self: &Arc<Self>) -> Result<()> {
-        let span = info_span!("pod", pod = self.id());
-        async {
-            info!("starting");
-            let mut vm = None;
-            match self.boot(&mut vm).await {
-                Ok(events) => {
-                    let watcher = Arc::clone(self).watch(events);
-                    tokio::spawn(watcher.in_current_span());
-                    info!("ready");
-                    Ok(())
-                }
-                Err(e) => {
-                    if let Some(vm) = vm {
-                        if let Some(tail) = vm.console_tail() {
-                            error!("end of the guest's console:\n{}", tail.trim_end());
-                        }
-                        self.end_machine(vm).await;
+        info!(pod = self.id(), "starting");
+        let mut vm = None;
+        let booted = self.boot(&mut vm).instrument(self.span()).await;
+        self.started(booted, vm).await
+    }
+
+    /// Follows the guest of a pod that is up; cleans up after one that is not.
+    pub(super) async fn started(
+        self: &Arc<Self>,
+        up: Result<mpsc::Receiver<AgentEvent>>,
+        vm: Option<Arc<dyn Vm>>,
+    ) -> Result<()> {
+        match up {
+            Ok(events) => {
+                let watcher = Arc::clone(self).watch(events);
+                tokio::spawn(watcher.instrument(self.span()));
+                info!(pod = self.id(), "ready");
+                Ok(())
+            }
+            Err(e) => {
+                if let Some(vm) = vm {
+                    if let Some(tail) = vm.console_tail() {
+                        error!("end of the guest's console:\n{}", tail.trim_end());
                     }
-                    self.fail_start(&e).await;
-                    Err(e)
+                    self.end_machine(vm).await;
                 }
+                self.fail_start(&e).await;
+                Err(e)
             }
         }
-        .instrument(span)
-        .await
+    }
+
+    pub(super) fn span(&self) -> Span {
+        info_span!("pod", pod = self.id())
     }
 
     /// Ends a start that cannot go on.
@@ -84,10 +94,6 @@ impl Pod {
     }
 
     async fn boot(&self, slot: &mut Option<Arc<dyn Vm>>) -> Result<mpsc::Receiver<AgentEvent>> {
-        let vm_error = |source| PodError::Vm {
-            pod: self.id().to_owned(),
-            source,
-        };
         let request = self.machine_request()?;
         // Building is not given up half way: what is being built has no owner yet.
         tokio::select! {
@@ -96,37 +102,51 @@ impl Pod {
             () = self.environment.backend.prepare(&request) => {}
         }
         let built = self.environment.backend.build(request).await;
-        let vm = Arc::clone(slot.insert(built.map_err(vm_error)?));
+        let vm = Arc::clone(slot.insert(built.map_err(|e| self.vm_error(e))?));
+        self.bring_up(&vm, &[]).await
+    }
+
+    /// Lets a machine run, sets its guest up, and takes over the containers that run in it
+    /// already.
+    pub(super) async fn bring_up(
+        &self,
+        vm: &Arc<dyn Vm>,
+        containers: &[SavedContainer],
+    ) -> Result<mpsc::Receiver<AgentEvent>> {
         self.connect_network(vm.as_ref()).await?;
-        let bring_up = async {
-            let listener = vm.listen(agent_api::CONTROL_PORT).map_err(vm_error)?;
-            vm.start().await.map_err(vm_error)?;
+        let up = async {
+            let listener = vm.listen(agent_api::CONTROL_PORT);
+            let listener = listener.map_err(|e| self.vm_error(e))?;
+            vm.start().await.map_err(|e| self.vm_error(e))?;
             let connected = AgentClient::connect(listener, self.limits()).await?;
             vm.mark_phase(phase::AGENT_READY);
             connected.client.setup_sandbox(self.setup()).await?;
             vm.mark_phase(phase::SANDBOX_SET_UP);
-            Ok::<_, PodError>(connected)
+            let machine = Arc::new(Machine {
+                vm: Arc::clone(vm),
+                agent: connected.client,
+                ready: connected.ready,
+            });
+            for saved in containers {
+                self.adopt(&machine, saved).await?;
+            }
+            Ok::<_, PodError>((machine, connected.events))
         };
         let mut exited = vm.exited();
-        let connected: Connected = tokio::select! {
+        let (machine, events) = tokio::select! {
             biased;
             () = self.give_up.cancelled() => return Err(PodError::Cancelled("the start")),
-            reason = ended(&mut exited) => return Err(vm_error(VmError::Exited(reason))),
-            connected = bring_up => connected?,
+            reason = ended(&mut exited) => return Err(self.vm_error(VmError::Exited(reason))),
+            up = up => up?,
         };
         info!(
-            kernel = connected.ready.kernel_release,
-            agent = connected.ready.agent_version,
+            kernel = machine.ready.kernel_release,
+            agent = machine.ready.agent_version,
             "guest is up"
         );
-        let machine = Machine {
-            vm: Arc::clone(&vm),
-            agent: connected.client,
-            ready: connected.ready,
-        };
-        *lock(&self.machine) = Some(Arc::new(machine));
+        *lock(&self.machine) = Some(machine);
         if self.advance(|phase| *phase == Phase::Starting, Phase::Ready) {
-            return Ok(connected.events);
+            return Ok(events);
         }
         lock(&self.machine).take();
         Err(PodError::Cancelled("the start"))
@@ -171,12 +191,8 @@ impl Pod {
             warn!("the pod's network namespace has no interface: the pod has loopback only");
         }
         for (slot, tap) in taps.into_iter().enumerate() {
-            vm.attach_nic(slot, tap)
-                .await
-                .map_err(|source| PodError::Vm {
-                    pod: self.id().to_owned(),
-                    source,
-                })?;
+            let attached = vm.attach_nic(slot, tap).await;
+            attached.map_err(|e| self.vm_error(e))?;
         }
         Ok(())
     }
@@ -318,16 +334,12 @@ impl Pod {
             return Ok(());
         }
         self.end(limit, false).await?;
-        timeout(settled, self.wait())
-            .await
-            .map(drop)
-            .map_err(|_| PodError::Vm {
-                pod: self.id().to_owned(),
-                source: VmError::Deadline {
-                    what: "stopping the sandbox",
-                    limit: settled,
-                },
+        timeout(settled, self.wait()).await.map(drop).map_err(|_| {
+            self.vm_error(VmError::Deadline {
+                what: "stopping the sandbox",
+                limit: settled,
             })
+        })
     }
 
     /// Ends the machine, if there is one, even when the caller does not wait for it.
@@ -343,10 +355,7 @@ impl Pod {
             machine.vm.stop(limit).await
         };
         match self.operations.spawn(ending).await {
-            Ok(Err(source)) => Err(PodError::Vm {
-                pod: self.id().to_owned(),
-                source,
-            }),
+            Ok(Err(e)) => Err(self.vm_error(e)),
             _ => Ok(()),
         }
     }

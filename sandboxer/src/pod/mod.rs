@@ -30,7 +30,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::warn;
-use vmm_core::vm::{Vm, VmStats};
+use vmm_core::vm::{Vm, VmError, VmStats};
 
 pub use container::Container;
 pub use containers::{CreateContainer, CreateExec};
@@ -38,6 +38,7 @@ pub use error::{ErrorCode, PodError, Result};
 pub use process::{Exit, KILLED, Process, ProcessState};
 pub use request::PodRequest;
 pub use resources::MachineSize;
+pub use snapshot::SavedPod;
 pub use stdio::{LogOwner, StdioPaths};
 pub(crate) use stdio::{Outlet, StreamEnd, Streams};
 pub use storage::RootfsMount;
@@ -313,6 +314,13 @@ impl Pod {
         lock(&self.machine)
             .clone()
             .ok_or_else(|| self.wrong_phase("use"))
+    }
+
+    fn vm_error(&self, source: VmError) -> PodError {
+        PodError::Vm {
+            pod: self.id().to_owned(),
+            source,
+        }
     }
 
     fn wrong_phase(&self, action: &'static str) -> PodError {

@@ -84,7 +84,8 @@ impl Record {
     }
 }
 
-fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
+/// Writes `text` aside, syncs it and gives it the name `path`. Blocks.
+pub(super) fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
     let aside = path.with_extension("json.new");
     let mut file = OpenOptions::new()
         .write(true)

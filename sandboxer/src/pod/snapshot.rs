@@ -6,22 +6,24 @@
 //! there again. Byte streams of init processes are opened anew; an exec goes on without.
 
 use std::fs;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tracing::{Instrument, info, info_span};
-use vmm_core::vm::{ExitReason, Vm, VmError};
+use tracing::{Instrument, info};
+use vmm_core::vm::Vm;
 
 use super::containers::owner;
 use super::process::{Exit, Process, ProcessState};
 use super::stdio::{HostStdio, StdioPaths};
 use super::storage::{ContainerStorage, Recipe};
-use super::{Container, Machine, Phase, Pod, PodEnvironment, PodError, PodRequest, Result, lock};
-use crate::agent::{AgentClient, AgentEvent};
+use super::{
+    Container, Machine, Phase, Pod, PodEnvironment, PodError, PodRequest, Result, lock, record,
+};
+use crate::agent::AgentEvent;
+use crate::backend::MachineRequest;
 use crate::rpc::cri::PodSandboxConfig;
 
 const FILE: &str = "pod.json";
@@ -30,7 +32,7 @@ const VERSION: u32 = 1;
 
 /// What `pod.json` holds.
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedPod {
+pub struct SavedPod {
     version: u32,
     id: String,
     netns: Option<PathBuf>,
@@ -41,8 +43,9 @@ struct SavedPod {
     containers: Vec<SavedContainer>,
 }
 
+/// A container of a [`SavedPod`].
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedContainer {
+pub(super) struct SavedContainer {
     id: String,
     bundle: PathBuf,
     namespace: String,
@@ -140,17 +143,7 @@ impl Pod {
         };
         let text = serde_json::to_vec_pretty(&saved)
             .map_err(|e| failed("describing the pod in")(std::io::Error::from(e)))?;
-        let path = dir.join(FILE);
-        let written = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .and_then(|mut file| {
-                std::io::Write::write_all(&mut file, &text)?;
-                file.sync_all()
-            });
-        written.map_err(failed("writing the pod to"))?;
+        record::replace(&dir.join(FILE), &text).map_err(failed("writing the pod to"))?;
         info!(pod = self.id(), "written to {}", dir.display());
         Ok(())
     }
@@ -191,14 +184,14 @@ impl Pod {
     ///
     /// # Errors
     /// The folder holds no pod, one of another version, or the id is taken.
-    pub fn from_disk(dir: &Path, environment: Arc<PodEnvironment>) -> Result<Self> {
+    pub fn from_disk(dir: &Path, environment: Arc<PodEnvironment>) -> Result<(Self, SavedPod)> {
         let saved = SavedPod::read(dir)?;
         let config = PodSandboxConfig::decode(saved.config.as_slice()).map_err(|e| {
             PodError::invalid("dir", dir.display().to_string(), format!("damaged: {e}"))
         })?;
-        let netns = saved.netns.unwrap_or_default();
+        let netns = saved.netns.as_deref().unwrap_or_else(|| Path::new(""));
         let request = PodRequest::new(&saved.id, &netns.to_string_lossy(), config)?;
-        Self::create(request, environment)
+        Ok((Self::create(request, environment)?, saved))
     }
 
     /// After [`Pod::begin_start`] of a pod [`Pod::from_disk`]: lets it go on from there.
@@ -206,74 +199,30 @@ impl Pod {
     /// # Errors
     /// A mount is no longer possible, the machine cannot be restored, or its agent does not
     /// answer. The machine is gone then and the pod is of no further use.
-    pub async fn restore(self: &Arc<Self>, dir: &Path) -> Result<()> {
-        let span = info_span!("pod", pod = self.id());
+    pub async fn restore(self: &Arc<Self>, dir: &Path, saved: &SavedPod) -> Result<()> {
+        info!(pod = self.id(), "restoring from {}", dir.display());
         let mut vm = None;
-        let restored = self.go_on(dir, &mut vm).instrument(span.clone()).await;
-        match restored {
-            Ok(events) => {
-                let watcher = Arc::clone(self).watch(events);
-                tokio::spawn(watcher.instrument(span));
-                info!(pod = self.id(), "goes on from {}", dir.display());
-                Ok(())
-            }
-            Err(e) => {
-                if let Some(vm) = vm {
-                    self.end_machine(vm).await;
-                }
-                self.fail_start(&e).await;
-                Err(e)
-            }
-        }
+        let restored = self.go_on(dir, saved, &mut vm).instrument(self.span());
+        let restored = restored.await;
+        self.started(restored, vm).await
     }
 
     async fn go_on(
-        self: &Arc<Self>,
+        &self,
         dir: &Path,
+        saved: &SavedPod,
         slot: &mut Option<Arc<dyn Vm>>,
     ) -> Result<mpsc::Receiver<AgentEvent>> {
-        let saved = SavedPod::read(dir)?;
-        self.mount_again(&saved).await?;
-        let mut request = self.machine_request()?;
-        request.vcpus = saved.vcpus;
-        request.memory_bytes = saved.memory_bytes;
+        self.mount_again(saved).await?;
+        let request = MachineRequest {
+            vcpus: saved.vcpus,
+            memory_bytes: saved.memory_bytes,
+            ..self.machine_request()?
+        };
         let backend = &self.environment.backend;
         let restored = backend.restore(request, dir, &self.label()).await;
         let vm = Arc::clone(slot.insert(restored.map_err(|e| self.vm_error(e))?));
-        self.connect_network(vm.as_ref()).await?;
-        let bring_up = async {
-            let listener = vm.listen(agent_api::CONTROL_PORT);
-            let listener = listener.map_err(|e| self.vm_error(e))?;
-            vm.start().await.map_err(|e| self.vm_error(e))?;
-            let connected = AgentClient::connect(listener, self.limits()).await?;
-            connected.client.setup_sandbox(self.setup()).await?;
-            let machine = Arc::new(Machine {
-                vm: Arc::clone(&vm),
-                agent: connected.client,
-                ready: connected.ready,
-            });
-            for saved in &saved.containers {
-                self.adopt(&machine, saved).await?;
-            }
-            Ok::<_, PodError>((machine, connected.events))
-        };
-        let mut exited = vm.exited();
-        let (machine, events) = tokio::select! {
-            biased;
-            () = self.give_up.cancelled() => return Err(PodError::Cancelled("the restore")),
-            ended = exited.wait_for(Option::is_some) => {
-                let reason = ended.ok().and_then(|reason| reason.clone());
-                let reason = reason.unwrap_or(ExitReason::Stopped);
-                return Err(self.vm_error(VmError::Exited(reason)));
-            }
-            up = bring_up => up?,
-        };
-        *lock(&self.machine) = Some(machine);
-        if self.advance(|phase| *phase == Phase::Starting, Phase::Ready) {
-            return Ok(events);
-        }
-        lock(&self.machine).take();
-        Err(PodError::Cancelled("the restore"))
+        self.bring_up(&vm, &saved.containers).await
     }
 
     /// What the guest has open must be there before the machine is.
@@ -303,7 +252,7 @@ impl Pod {
     }
 
     /// Takes a container's init process over from the guest.
-    async fn adopt(&self, machine: &Arc<Machine>, saved: &SavedContainer) -> Result<()> {
+    pub(super) async fn adopt(&self, machine: &Arc<Machine>, saved: &SavedContainer) -> Result<()> {
         let container = self.container(&saved.id)?;
         let init: &Process = container.init();
         if let Some(code) = saved.exit_code {
@@ -317,13 +266,6 @@ impl Pod {
         init.begin_start()?;
         init.started(saved.pid);
         Ok(())
-    }
-
-    fn vm_error(&self, source: VmError) -> PodError {
-        PodError::Vm {
-            pod: self.id().to_owned(),
-            source,
-        }
     }
 }
 
