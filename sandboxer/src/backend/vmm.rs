@@ -92,11 +92,23 @@ impl VmmBackend {
     /// # Errors
     /// KVM cannot be used, or there is no guest to boot.
     pub async fn new(config: &Config) -> Result<Self, BackendError> {
-        // The probe runs a throw-away VM.
-        let host = tokio::task::spawn_blocking(Host::probe)
+        let config = config.clone();
+        // The probe runs a throw-away VM, and the guest's files are read.
+        let backend = tokio::task::spawn_blocking(move || Self::probe(config))
             .await
             .map_err(|e| HostError::Probe(e.to_string()))??;
+        if let Some(templates) = &backend.templates {
+            templates.manager.refill(backend.vm.vcpus);
+        }
+        Ok(backend)
+    }
+
+    fn probe(config: Config) -> Result<Self, BackendError> {
+        let host = Host::probe()?;
         let guest = config.vm.guest_files()?;
+        let identity = host
+            .fingerprint()
+            .map_err(|e| HostError::Probe(with_causes(&e)))?;
         let timeouts = if host.emulated_ring0() {
             config.timeouts.for_slow_host()
         } else {
@@ -104,33 +116,31 @@ impl VmmBackend {
         };
         let templates = match config.templates.mode {
             TemplateMode::Off => None,
-            TemplateMode::Auto => Self::templates(config, &host, &guest)
+            TemplateMode::Auto => Self::templates(&config, &host, &identity, &guest)
                 .inspect_err(|why| warn!("pods boot instead of being cloned: {why}"))
                 .ok(),
         };
-        let identity = host
-            .fingerprint()
-            .map_err(|e| HostError::Probe(with_causes(&e)))?;
-        let backend = Self {
+        Ok(Self {
             host,
             identity,
             guest,
-            vm: config.vm.clone(),
-            fs: config.fs.clone(),
+            vm: config.vm,
+            fs: config.fs,
             boot_limit: timeouts.boot,
             templates,
-        };
-        if let Some(templates) = &backend.templates {
-            templates.manager.refill(backend.vm.vcpus);
-        }
-        Ok(backend)
+        })
     }
 
-    fn templates(config: &Config, host: &Host, guest: &GuestFiles) -> Result<Templates, String> {
+    fn templates(
+        config: &Config,
+        host: &Host,
+        identity: &str,
+        guest: &GuestFiles,
+    ) -> Result<Templates, String> {
         let settings = &config.templates;
         let folder = settings.folder().map_err(|e| with_causes(&e))?;
         let store = TemplateStore::open(&folder).map_err(|e| with_causes(&e))?;
-        let parts = TemplateParts::new(host, guest, &config.vm).map_err(|e| with_causes(&e))?;
+        let parts = TemplateParts::new(identity, guest, &config.vm).map_err(|e| with_causes(&e))?;
         let manager = TemplateManager::new(
             host.clone(),
             store,

@@ -5,8 +5,6 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use vmm_core::Host;
-
 use crate::config::{self, GuestFiles};
 
 /// Digest of everything that a clone takes over from its template.
@@ -44,14 +42,14 @@ impl fmt::Display for TemplateKey {
 pub struct TemplateParts(blake3::Hasher);
 
 impl TemplateParts {
-    /// Digests the guest's files and the host's facts.
+    /// Digests the guest's files and the host's fingerprint ([`vmm_core::Host::fingerprint`]).
+    /// Blocks.
     ///
     /// # Errors
     /// A file of the guest cannot be read.
-    pub fn new(host: &Host, guest: &GuestFiles, vm: &config::Vm) -> io::Result<Self> {
+    pub fn new(host: &str, guest: &GuestFiles, vm: &config::Vm) -> io::Result<Self> {
         let mut hasher = blake3::Hasher::new();
-        let fingerprint = host.fingerprint().map_err(io::Error::other)?;
-        add(&mut hasher, fingerprint.as_bytes());
+        add(&mut hasher, host.as_bytes());
         add(&mut hasher, vm.kernel_params.as_bytes());
         add(&mut hasher, format!("{:?}", vm.discovery).as_bytes());
         for file in [&guest.kernel, &guest.initramfs] {
