@@ -1,6 +1,7 @@
 //! The running parts of a machine, and how they end.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
 
@@ -23,7 +24,18 @@ pub(super) struct Live {
     pub(super) vm: Arc<KvmVm>,
 }
 
+/// A vCPU that is asked to pause leaves the guest within microseconds and finishes one
+/// exit; this is for hosts under heavy load.
+pub(super) const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
 impl Live {
+    /// Pauses the vCPUs; false when one still runs after [`PAUSE_LIMIT`]. Blocks.
+    pub(super) fn pause(&self) -> bool {
+        let now = Instant::now();
+        self.vcpus
+            .pause(now.checked_add(PAUSE_LIMIT).unwrap_or(now))
+    }
+
     /// Ends vCPUs, devices and threads; returns when all of them have. Idempotent.
     pub(super) fn tear_down(&self) {
         self.vcpus.stop();

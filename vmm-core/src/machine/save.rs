@@ -2,8 +2,8 @@
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
 
+use super::live::PAUSE_LIMIT;
 use super::{Live, Machine};
 use crate::arch;
 use crate::exit::ExitNotice;
@@ -11,9 +11,6 @@ use crate::host::Host;
 use crate::memory::MemoryImage;
 use crate::snapshot::{self, MachineState, Snapshot, SnapshotError};
 use crate::vm::ExitReason;
-
-/// As for a pause: vCPUs leave the guest within microseconds.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What saving a machine takes, on whatever thread that happens.
 pub(super) struct Saver {
@@ -70,10 +67,7 @@ impl Saver {
     /// Pauses the vCPUs and stops the devices, in this order, and reads what they hold.
     fn state(&self) -> Result<MachineState, SnapshotError> {
         let live = &*self.live;
-        let limit = Instant::now()
-            .checked_add(PAUSE_LIMIT)
-            .unwrap_or_else(Instant::now);
-        if !live.vcpus.pause(limit) {
+        if !live.pause() {
             return Err(SnapshotError::Deadline(PAUSE_LIMIT));
         }
         // It may have ended meanwhile.

@@ -4,7 +4,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use devices::virtio::net::{NetHandle, TapDevice};
@@ -12,11 +12,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::Machine;
+use super::live::PAUSE_LIMIT;
 use crate::vm::{ExitReason, GuestListener, GuestStream, Vm, VmError, VmStats};
-
-/// A vCPU that is asked to pause leaves the guest within microseconds and finishes one
-/// exit; this is for hosts under heavy load.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 impl Machine {
     fn ensure_running(&self) -> Result<Arc<super::Live>, VmError> {
@@ -198,10 +195,7 @@ impl Vm for Machine {
 
     async fn pause(&self) -> Result<(), VmError> {
         let live = self.ensure_running()?;
-        let limit = Instant::now()
-            .checked_add(PAUSE_LIMIT)
-            .unwrap_or_else(Instant::now);
-        let paused = tokio::task::spawn_blocking(move || live.vcpus.pause(limit))
+        let paused = tokio::task::spawn_blocking(move || live.pause())
             .await
             .map_err(|err| VmError::Io {
                 what: "cannot wait for the vCPUs".to_owned(),

@@ -61,12 +61,7 @@ impl MemoryImage {
             )));
         }
         let file = sealable_memfd("template", bytes)?;
-        let mut hasher = Hasher::default();
-        for_each_chunk(from, bytes, |offset, chunk| {
-            hasher.add(offset, chunk);
-            file.write_all_at(chunk, offset)
-        })?;
-        if hasher.finish() != digest {
+        if write(from, bytes, &file)? != digest {
             return Err(invalid(
                 "the content of the memory file does not have its digest".to_owned(),
             ));
