@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use vm_superio::serial::{self, NoEvents};
+use vm_superio::serial::{self, NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,7 +23,12 @@ type Uart = Serial<Irq, NoEvents, ConsoleOutput>;
 /// What a snapshot keeps of a [`SerialPort`]: its registers. A driver that waits for the
 /// interrupt it has enabled would otherwise wait for ever.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SerialPortState {
+pub struct SerialPortState(#[serde(with = "Registers")] SerialState);
+
+/// The fields of [`SerialState`], which has no serialized form of its own.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState")]
+struct Registers {
     baud_divisor_low: u8,
     baud_divisor_high: u8,
     interrupt_enable: u8,
@@ -81,19 +86,7 @@ impl SerialPort {
     /// What a snapshot keeps.
     #[must_use]
     pub fn save(&self) -> SerialPortState {
-        let state = self.lock().state();
-        SerialPortState {
-            baud_divisor_low: state.baud_divisor_low,
-            baud_divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.in_buffer,
-        }
+        SerialPortState(self.lock().state())
     }
 
     /// Goes on as `state` says, and raises the interrupt when one was pending.
@@ -101,20 +94,8 @@ impl SerialPort {
     /// # Errors
     /// See [`SerialPortError`]; the port stays as it was.
     pub fn restore(&self, state: &SerialPortState) -> Result<(), SerialPortError> {
-        let state = serial::SerialState {
-            baud_divisor_low: state.baud_divisor_low,
-            baud_divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.in_buffer.clone(),
-        };
         let (irq, output) = (self.irq.clone(), self.output.clone());
-        let uart = Serial::from_state(&state, irq, NoEvents, output).map_err(SerialPortError)?;
+        let uart = Serial::from_state(&state.0, irq, NoEvents, output).map_err(SerialPortError)?;
         *self.lock() = uart;
         Ok(())
     }
@@ -198,10 +179,10 @@ mod tests {
         assert!(irq.read().unwrap() >= 1);
         assert_eq!(console.tail(), "b");
 
-        let impossible = SerialPortState {
+        let impossible = SerialPortState(SerialState {
             in_buffer: vec![0; 65],
-            ..state
-        };
+            ..state.0
+        });
         second.restore(&impossible).unwrap_err();
         second.write(DATA, b"c");
         assert_eq!(console.tail(), "bc");

@@ -133,8 +133,6 @@ impl NetHandler {
                 let Ok(index) = usize::try_from(token / 3) else {
                     return Ok(());
                 };
-                // Before the wake-up that announces it: see `Outlet::Down`.
-                self.connect(lp)?;
                 self.pair_ready(lp, index, token % 3, ready)
             }
         }

@@ -272,7 +272,7 @@ fn a_block_device() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(4 << 20).unwrap();
     let losetup = |args: &[&str]| {
-        let output = process::output(Command::new("losetup").args(args)).ok()?;
+        let output = Command::new("losetup").args(args).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
         output.status.success().then(|| text.trim().to_owned())
     };

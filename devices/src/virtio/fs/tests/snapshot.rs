@@ -6,7 +6,6 @@ use std::path::Path;
 use std::process::Command;
 
 use super::client::{Client, ROOT, fields, op, u64_at};
-use crate::testing::process;
 use crate::virtio::fs::{Fs, FsConfig};
 use crate::virtio::{StateError, VirtioDevice, state_tests};
 
@@ -202,7 +201,7 @@ fn a_session_goes_on_over_a_copy_of_the_root() {
     let state = client.pause();
     let mut cp = Command::new("cp");
     cp.arg("-a").args([&root, &copy]);
-    assert!(process::output(&mut cp).unwrap().status.success());
+    assert!(cp.output().unwrap().status.success());
     client.restore(&state, &copy);
     fs::rename(&root, dir.path().join("elsewhere")).unwrap();
     check(&mut client, &known, &copy, false);

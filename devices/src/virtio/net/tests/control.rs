@@ -111,7 +111,7 @@ fn offloads_5_1_6_5_6() {
             let data = offloads.to_le_bytes();
             assert_eq!(nic.command(2, 5, 0, &data), answer, "{offloads:#x}");
         }
-        let features = process::output(Command::new("ethtool").args(["-k", "tap0"]));
+        let features = Command::new("ethtool").args(["-k", "tap0"]).output();
         if let Ok(features) = features {
             let text = String::from_utf8_lossy(&features.stdout).into_owned();
             assert!(text.contains("tx-tcp-segmentation: on"), "{text}");

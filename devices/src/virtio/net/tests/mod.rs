@@ -54,7 +54,7 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 
 /// Runs `ip` in the calling thread's namespace.
 fn ip(args: &str) {
-    let output = process::output(Command::new("ip").args(args.split(' '))).unwrap();
+    let output = Command::new("ip").args(args.split(' ')).output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "ip {args}: {error}");
 }
@@ -63,7 +63,7 @@ fn ip(args: &str) {
 fn tap(name: &str, queues: u16) -> TapDevice {
     let end = Instant::now() + PATIENCE;
     let tap = loop {
-        match process::without_forks(|| TapDevice::open(name, queues)) {
+        match TapDevice::open(name, queues) {
             Ok(tap) => break tap,
             // As `wait_gone`: the one before may still be there.
             Err(err) if Instant::now() > end => panic!("{err}"),
