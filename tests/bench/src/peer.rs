@@ -6,6 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use vmm_core::Host;
+
 /// The guest every VMM boots.
 #[derive(Clone, Debug)]
 pub struct Guest {
@@ -18,6 +20,29 @@ pub struct Guest {
     /// Kernel parameters without the ones a particular VMM adds.
     pub cmdline: String,
 }
+
+impl Guest {
+    /// One that tells on its console how far it is, with the machine that every VMM has.
+    #[must_use]
+    pub fn new(host: &Host, kernel: &Path, initramfs: &Path) -> Self {
+        let mut words = vec!["console=ttyS0", "reboot=k", "panic=-1", "acpi=off"];
+        let own = host.kernel_parameters().iter();
+        words.extend(own.filter(|word| **word != "quiet"));
+        words.push("loglevel=7");
+        Self {
+            kernel: kernel.to_owned(),
+            initramfs: initramfs.to_owned(),
+            memory_mib: 128,
+            cmdline: words.join(" "),
+        }
+    }
+}
+
+/// The last thing every kernel says before it hands over to the agent.
+pub const MARKER: &str = "Run /init as init process";
+
+/// The program of both QEMUs.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
 
 /// How long a boot took.
 #[derive(Clone, Copy, Debug)]
@@ -59,8 +84,8 @@ impl Peer {
     #[must_use]
     pub fn find() -> (Vec<Self>, Vec<String>) {
         let known: [(&'static str, &str, Arguments); 4] = [
-            ("qemu kvm", "qemu-system-x86_64", qemu_kvm),
-            ("qemu tcg", "qemu-system-x86_64", qemu_tcg),
+            ("qemu kvm", QEMU, qemu_kvm),
+            ("qemu tcg", QEMU, qemu_tcg),
             ("cloud-hypervisor", "cloud-hypervisor", cloud_hypervisor),
             ("firecracker", "firecracker", firecracker),
         ];
@@ -174,14 +199,14 @@ fn parse_cpu_time(stat: &str) -> Option<Duration> {
     Some(Duration::from_millis(sum.checked_mul(10)?))
 }
 
-fn which(program: &str) -> Option<PathBuf> {
+pub(crate) fn which(program: &str) -> Option<PathBuf> {
     let paths = std::env::var_os("PATH")?;
     std::env::split_paths(&paths)
         .map(|dir| dir.join(program))
         .find(|path| path.is_file())
 }
 
-fn first_line(program: &Path) -> String {
+pub(crate) fn first_line(program: &Path) -> String {
     let output = Command::new(program).arg("--version").output();
     let text = output
         .map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
@@ -224,7 +249,7 @@ fn qemu(guest: &Guest, accel: &[&str], machine: &str, extra: &str) -> Vec<String
     args
 }
 
-fn qemu_kvm(guest: &Guest, _: &Path) -> Vec<String> {
+pub(crate) fn qemu_kvm(guest: &Guest, _: &Path) -> Vec<String> {
     let cpu = &["-accel", "kvm", "-cpu", "host,-arch-capabilities"];
     qemu(guest, cpu, "microvm,acpi=off,pit=on,pic=on,rtc=on", "")
 }

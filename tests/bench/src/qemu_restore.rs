@@ -6,16 +6,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sandboxer::config::Config;
 use serde_json::{Value, json};
 
 use crate::millis;
+use crate::peer::{Guest, MARKER, QEMU, first_line, qemu_kvm, which};
 
-const PROGRAM: &str = "qemu-system-x86_64";
 /// No step may take longer.
 const LIMIT: Duration = Duration::from_secs(300);
-/// The last thing the kernel says before it hands over to the agent.
-const MARKER: &str = "Run /init as init process";
 
 /// What was measured.
 #[derive(Clone, Debug)]
@@ -30,51 +27,20 @@ pub struct Restored {
 ///
 /// # Errors
 /// QEMU is missing, or says no; the text tells.
-pub fn measure(config: &Config, emulated: bool, runs: usize) -> Result<Restored, String> {
-    let version = Command::new(PROGRAM)
-        .arg("--version")
-        .output()
-        .map_err(|e| format!("{PROGRAM}: {e}"))?;
-    let version = String::from_utf8_lossy(&version.stdout);
-    let version = version.lines().next().unwrap_or_default().to_owned();
-    let guest = config.vm.guest_files().map_err(|e| e.to_string())?;
-    let mut args: Vec<String> = [
-        "-accel",
-        "kvm",
-        "-cpu",
-        "host,-arch-capabilities",
-        "-M",
-        "microvm,acpi=off,pit=on,pic=on,rtc=on",
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-serial",
-        "stdio",
-        "-smp",
-        "1",
-        "-m",
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    args.push((config.vm.memory.as_u64() >> 20).to_string());
-    args.extend(["-kernel".to_owned(), guest.kernel.display().to_string()]);
-    args.extend(["-initrd".to_owned(), guest.initramfs.display().to_string()]);
-    let host = vmm_core::Host::probe().map_err(|e| e.to_string())?;
-    let parameters = host.kernel_parameters().join(" ");
-    let acpi = if emulated { "acpi=off" } else { "" };
-    args.extend([
-        "-append".to_owned(),
-        format!("console=ttyS0 reboot=k panic=-1 {parameters} {acpi} loglevel=7"),
-    ]);
+pub fn measure(guest: &Guest, runs: usize) -> Result<Restored, String> {
+    let program = which(QEMU).ok_or_else(|| format!("{QEMU} is not on the PATH"))?;
     let scratch = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let args = qemu_kvm(guest, scratch.path());
     let saved = scratch.path().join("saved");
     save(&args, scratch.path(), &saved)?;
     let mut samples = Vec::new();
     for _ in 0..runs {
         samples.push(restore(&args, scratch.path(), &saved)?);
     }
-    Ok(Restored { version, samples })
+    Ok(Restored {
+        version: first_line(&program),
+        samples,
+    })
 }
 
 fn save(args: &[String], dir: &Path, to: &Path) -> Result<(), String> {
@@ -131,7 +97,7 @@ impl Qemu {
     fn start(args: &[String], dir: &Path, more: &[&str]) -> Result<Self, String> {
         let socket = dir.join("qmp.sock");
         let _ = std::fs::remove_file(&socket);
-        let mut child = Command::new(PROGRAM)
+        let mut child = Command::new(QEMU)
             .args(args)
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))

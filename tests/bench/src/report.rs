@@ -5,8 +5,12 @@ use std::time::SystemTime;
 
 use humantime_serde::re::humantime;
 use serde::Serialize;
+use vmm_core::Host;
 
 use crate::{median, p99};
+
+/// Ourselves, among the subjects.
+pub const OURS: &str = "kuasar-embed";
 
 /// One measured quantity.
 #[derive(Clone, Debug, Serialize)]
@@ -34,7 +38,7 @@ pub struct Report {
     /// Name of the benchmark; also of its JSON file.
     pub name: &'static str,
     /// "emulated ring 0" or "hardware".
-    pub host_kind: String,
+    pub host_kind: &'static str,
     /// When it began, in UTC.
     pub date: String,
     /// How it was called.
@@ -50,9 +54,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty report on this host.
+    /// An empty report on this host, by this program with its arguments.
     #[must_use]
-    pub fn new(name: &'static str, host_kind: String) -> Self {
+    pub fn new(name: &'static str, host: &Host) -> Self {
+        let host_kind = if host.emulated_ring0() {
+            "emulated ring 0"
+        } else {
+            "hardware"
+        };
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo")
             .lines()
@@ -65,16 +74,16 @@ impl Report {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let host = format!("{cpu}, {cpus} CPUs, Linux {}", kernel.trim());
         let date = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-        let (versions, skipped, figures) = (Vec::new(), Vec::new(), Vec::new());
+        let versions = vec![(OURS.to_owned(), env!("CARGO_PKG_VERSION").to_owned())];
         Self {
             name,
             host_kind,
             date,
-            command: String::new(),
+            command: std::env::args().collect::<Vec<_>>().join(" "),
             host,
             versions,
-            skipped,
-            figures,
+            skipped: Vec::new(),
+            figures: Vec::new(),
         }
     }
 

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use bench::memory::pss;
 use bench::millis;
-use bench::peer::{Boot, Guest, Peer};
-use bench::report::Report;
+use bench::peer::{Boot, Guest, MARKER, Peer};
+use bench::report::{OURS, Report};
 use clap::Parser;
 use harness::ctl::Ctl;
 use harness::daemon::Daemon;
@@ -28,27 +28,13 @@ struct Args {
     runs: usize,
 }
 
-/// The last thing every kernel says before it hands over to the agent.
-const MARKER: &str = "Run /init as init process";
-
 /// No VMM may take longer than this.
 const LIMIT: Duration = Duration::from_secs(600);
-
-const OURS: &str = "kuasar-embed";
 
 fn main() {
     let args = Args::parse();
     let host = Host::probe().expect("a usable /dev/kvm");
-    let kind = if host.emulated_ring0() {
-        "emulated ring 0"
-    } else {
-        "hardware"
-    };
-    let mut report = Report::new("boot", kind.to_owned());
-    report
-        .versions
-        .push((OURS.to_owned(), env!("CARGO_PKG_VERSION").to_owned()));
-    report.command = std::env::args().collect::<Vec<_>>().join(" ");
+    let mut report = Report::new("boot", &host);
     let guest = GuestFiles::built();
     pods(&args, &guest, &mut report);
     vmms(&args, &host, &guest, &mut report);
@@ -199,19 +185,7 @@ fn start_pod(ctl: &Ctl, name: &str, rootfs: &Path) {
 
 /// The VMM alone, started as a process, until its guest's kernel is done.
 fn vmms(args: &Args, host: &Host, guest: &GuestFiles, report: &mut Report) {
-    let mut words = vec!["console=ttyS0", "reboot=k", "panic=-1", "acpi=off"];
-    words.extend(
-        host.kernel_parameters()
-            .iter()
-            .filter(|word| **word != "quiet"),
-    );
-    words.push("loglevel=7");
-    let guest = Guest {
-        kernel: guest.kernel.clone(),
-        initramfs: guest.initramfs.clone(),
-        memory_mib: 128,
-        cmdline: words.join(" "),
-    };
+    let guest = Guest::new(host, &guest.kernel, &guest.initramfs);
     let boot = harness::bin_dir().join("examples/boot");
     let (peers, missing) = Peer::find();
     report.skipped.extend(missing);

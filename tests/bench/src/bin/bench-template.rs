@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bench::memory::pss;
 use bench::millis;
+use bench::peer::Guest;
 use bench::qemu_restore;
 use bench::report::Report;
 use clap::Parser;
@@ -48,17 +49,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 async fn main() {
     let args = Args::parse();
     let host = Host::probe().expect("a usable /dev/kvm");
-    let kind = if host.emulated_ring0() {
-        "emulated ring 0"
-    } else {
-        "hardware"
-    };
-    let mut report = Report::new("template", kind.to_owned());
-    report.versions.push((
-        "kuasar-embed".to_owned(),
-        env!("CARGO_PKG_VERSION").to_owned(),
-    ));
-    report.command = std::env::args().collect::<Vec<_>>().join(" ");
+    let mut report = Report::new("template", &host);
     let scratch = tempfile::tempdir().expect("a scratch folder");
     for (subject, mode, warm, runs) in [
         (OURS, TemplateMode::Auto, 2, args.clones),
@@ -70,7 +61,9 @@ async fn main() {
     }
     parallel(&args, scratch.path(), &mut report).await;
     containers(&args, &mut report);
-    match qemu_restore::measure(&Config::default(), host.emulated_ring0(), 3) {
+    let files = Config::default().vm.guest_files().expect("a guest image");
+    let guest = Guest::new(&host, &files.kernel, &files.initramfs);
+    match qemu_restore::measure(&guest, 3) {
         Ok(peer) => {
             report.versions.push(("qemu kvm".to_owned(), peer.version));
             report.add("qemu kvm", "restore to running", "ms", peer.samples);
