@@ -18,12 +18,10 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
+use sandboxer::pod::KILLED;
 
 const NAME: &str = "io.containerd.kuasar-vmm.v1";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-
-/// Exit status of a container whose daemon has gone, and its VM with it: killed.
-const KILLED: u32 = 137;
 
 /// What containerd asks for. Flags have one dash, as Go's have.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -117,6 +115,7 @@ fn info() -> RuntimeInfo {
 fn deleted(at: SystemTime) -> DeleteResponse {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     DeleteResponse {
+        // Its VM has gone with its daemon.
         exit_status: KILLED,
         exited_at: MessageField::some(Timestamp {
             seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),

@@ -4,12 +4,11 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use bytesize::ByteSize;
 use guest_image::{Cache, GuestError, GuestImage, Initramfs, KernelRecipe, Progress, Step};
 
 use super::args::{GuestArgs, GuestCommand};
 use super::error::{CliError, Doing, Result, chain};
-use super::output::{self, DIM};
+use super::output::{self, DIM, size};
 
 /// The agent's file name, beside this program.
 const AGENT: &str = "vmm-task";
@@ -67,7 +66,6 @@ fn show(image: &GuestImage, json: bool) -> Result<()> {
     if json {
         return output::json(&info);
     }
-    let size = |bytes| ByteSize::b(bytes).display().iec().to_string();
     let facts = &info.kernel_facts;
     for (name, value) in [
         ("kernel", info.kernel.display().to_string()),

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use anstyle::{AnsiColor, Style};
+use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::error::{CliError, Doing, Result};
@@ -72,6 +73,11 @@ pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> Re
         line(&format(row.each_ref().map(String::as_str)))?;
     }
     Ok(())
+}
+
+/// A number of bytes, in the largest unit that fits.
+pub(super) fn size(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
 }
 
 /// How long ago, in the largest unit that fits.

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytesize::ByteSize;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -111,8 +110,7 @@ fn rows(pod: &PodView) -> Vec<[String; 8]> {
             pod.image.clone().unwrap_or_else(dash),
             age.clone().unwrap_or_else(dash),
             pod.vcpus.map_or_else(dash, |n| n.to_string()),
-            pod.memory_bytes
-                .map_or_else(dash, |n| ByteSize::b(n).display().iec().to_string()),
+            pod.memory_bytes.map_or_else(dash, output::size),
         ]
     };
     if pod.containers.is_empty() {

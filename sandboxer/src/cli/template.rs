@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::args::{TemplateArgs, TemplateCommand};
 use super::error::{CliError, Result, chain};
-use super::output::{self, BAD, GOOD, Steps, age, table};
+use super::output::{self, BAD, GOOD, Steps, age, size, table};
 use crate::backend::vmm::VmmBackend;
 use crate::config::{Config, TemplateMode};
 use crate::template::{Stored, TemplateInfo, TemplateKey, TemplateStore};
@@ -215,10 +215,6 @@ fn view(stored: &Stored) -> View {
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),
     }
-}
-
-fn size(bytes: u64) -> String {
-    ByteSize::b(bytes).display().iec().to_string()
 }
 
 fn size_of_machine(info: Option<&TemplateInfo>) -> String {
