@@ -31,6 +31,16 @@ impl VmThreads {
         }
     }
 
+    /// Name of the machine.
+    pub(crate) fn machine(&self) -> &str {
+        &self.machine
+    }
+
+    /// Through which the machine's end is told.
+    pub(crate) fn exit(&self) -> &ExitNotice {
+        &self.exit
+    }
+
     /// Starts `work` on a thread named `role-machine`, cut to what the kernel shows.
     pub(crate) fn start(
         &self,

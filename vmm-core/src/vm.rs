@@ -211,9 +211,10 @@ pub trait Vm: Send + Sync + fmt::Debug {
     }
 
     /// Pauses the VM and writes all of it to `dir`, an empty folder; who restores it has to
-    /// name the same `label`. It stays paused.
-    async fn snapshot(&self, dir: &Path, label: &str) -> Result<(), VmError> {
-        let _ = (dir, label);
+    /// name the same `label`. What the snapshot in `base`, of the same label, has as well is
+    /// left out; that folder is needed then too. It stays paused.
+    async fn snapshot(&self, dir: &Path, label: &str, base: Option<&Path>) -> Result<(), VmError> {
+        let _ = (dir, label, base);
         Err(VmError::Unsupported {
             what: "write a VM to disk",
             backend: self.backend(),

@@ -310,7 +310,7 @@ impl SandboxBackend for VmmBackend {
     ) -> Result<Arc<dyn Vm>, VmError> {
         let config = self.clone_config(&request)?;
         let (host, dir, label) = (self.host.clone(), dir.to_owned(), label.to_owned());
-        let load = move || Snapshot::load(&dir, &label);
+        let load = move || Snapshot::open(&dir, &label);
         let snapshot = tokio::task::spawn_blocking(load)
             .await
             .map_err(backend_error)?

@@ -261,6 +261,7 @@ pub(super) struct FreezeArgs {
 Examples:
   kuasar-ctl snapshot web
   kuasar-ctl snapshot --keep-running --to /backup/web web
+  kuasar-ctl snapshot --keep-running --to /backup/web-2 --base /backup/web web
 
 Afterwards the daemon may end; `kuasar-ctl restore` lets the pod go on from where it was, on
 the same host and with the same release. The root file system and the volumes are not copied:
@@ -271,6 +272,9 @@ pub(super) struct SnapshotArgs {
     /// Empty or new folder to write to [default: one of the pod's own]
     #[arg(long, value_name = "DIR")]
     pub(super) to: Option<PathBuf>,
+    /// Earlier snapshot of this pod, kept where it is: write only what differs from it
+    #[arg(long, value_name = "DIR")]
+    pub(super) base: Option<PathBuf>,
     /// Let the pod run on afterwards
     #[arg(long)]
     pub(super) keep_running: bool,

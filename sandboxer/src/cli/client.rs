@@ -173,11 +173,18 @@ impl Controller {
     }
 
     /// Writes a pod to an empty folder.
-    pub(super) async fn snapshot(&self, id: &str, dir: &Path, keep_running: bool) -> Result<()> {
+    pub(super) async fn snapshot(
+        &self,
+        id: &str,
+        dir: &Path,
+        base: Option<&Path>,
+        keep_running: bool,
+    ) -> Result<()> {
         let request = pods::SnapshotRequest {
             id: id.to_owned(),
             dir: dir.display().to_string(),
             keep_running,
+            base: base.map_or_else(String::new, |base| base.display().to_string()),
         };
         self.pods.clone().snapshot(limited_call(request)).await?;
         Ok(())

@@ -33,9 +33,11 @@ pub(super) async fn snapshot(global: &Global, args: &SnapshotArgs) -> Result<()>
     let found = find(global, &args.pod).await?;
     let controller = controller(&found)?;
     let dir = folder(&found, args.to.as_deref())?;
+    let base = args.base.as_deref().map(absolute).transpose()?;
     let made = make_empty(&dir)?;
     let id = &found.pod.id;
-    if let Err(e) = controller.snapshot(id, &dir, args.keep_running).await {
+    let saved = controller.snapshot(id, &dir, base.as_deref(), args.keep_running);
+    if let Err(e) = saved.await {
         if made && let Err(e) = std::fs::remove_dir_all(&dir) {
             output::note(&format!("cannot remove {}: {e}", dir.display()));
         }
@@ -80,7 +82,7 @@ fn tell(verb: &str, found: &Found, as_json: bool) -> Result<()> {
 
 fn folder(found: &Found, given: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = given {
-        return std::path::absolute(dir).doing(|| format!("find {}", dir.display()));
+        return absolute(dir);
     }
     let record = found.pod.record.as_ref();
     record.map(|r| r.data.join(SNAPSHOT)).ok_or_else(|| {
@@ -90,6 +92,10 @@ fn folder(found: &Found, given: Option<&Path>) -> Result<PathBuf> {
         ))
         .next("name one with --to or --from")
     })
+}
+
+fn absolute(dir: &Path) -> Result<PathBuf> {
+    std::path::absolute(dir).doing(|| format!("find {}", dir.display()))
 }
 
 /// Makes the folder, if it is not there; whether it did.

@@ -24,12 +24,12 @@ impl AdminService {
     }
 }
 
-fn folder(dir: &str) -> Result<PathBuf, PodError> {
+fn folder(field: &'static str, dir: &str) -> Result<PathBuf, PodError> {
     let path = Path::new(dir);
     if path.is_absolute() {
         return Ok(path.to_owned());
     }
-    Err(PodError::invalid("dir", dir, "must be an absolute path"))
+    Err(PodError::invalid(field, dir, "must be an absolute path"))
 }
 
 #[tonic::async_trait]
@@ -55,9 +55,13 @@ impl PodsApi for AdminService {
         request: Request<api::SnapshotRequest>,
     ) -> Result<Response<api::Empty>, Status> {
         let request = request.into_inner();
-        let dir = folder(&request.dir)?;
+        let dir = folder("dir", &request.dir)?;
+        let base = match request.base.as_str() {
+            "" => None,
+            base => Some(folder("base", base)?),
+        };
         let pod = self.pods.get(&request.id)?;
-        pod.save(&dir).await?;
+        pod.save(&dir, base.as_deref()).await?;
         if request.keep_running {
             pod.resume_machine().await?;
         } else {
@@ -71,7 +75,7 @@ impl PodsApi for AdminService {
         &self,
         request: Request<api::RestoreRequest>,
     ) -> Result<Response<api::RestoreReply>, Status> {
-        let dir = folder(&request.into_inner().dir)?;
+        let dir = folder("dir", &request.into_inner().dir)?;
         let pod = self.pods.restore(&dir).await?;
         Ok(Response::new(api::RestoreReply {
             id: pod.id().to_owned(),

@@ -1,6 +1,6 @@
 //! Pods on disk: a running pod written to a folder, and a pod that goes on from one.
 //!
-//! The folder holds the machine (`state` and `memory`, see [`vmm_core::Snapshot`]) and
+//! The folder holds the machine (see [`vmm_core::Snapshot`]) and
 //! `pod.json`, written last: what the pod was asked to be, and what the host mounted and
 //! opened for its containers. Files of containers are not copied: what was mounted must be
 //! there again. Byte streams of init processes are opened anew; an exec goes on without.
@@ -81,17 +81,19 @@ impl Pod {
         Ok(())
     }
 
-    /// Writes the pod to `dir`, an empty folder. Its machine stays paused.
+    /// Writes the pod to `dir`, an empty folder, but for the guest memory that an earlier
+    /// snapshot of it in `base` has. Its machine stays paused.
     ///
     /// # Errors
     /// The pod is not ready, a container is being created or started, `dir` is not empty, or
     /// it cannot be written: the pod runs on then.
-    pub async fn save(self: &Arc<Self>, dir: &Path) -> Result<()> {
+    pub async fn save(self: &Arc<Self>, dir: &Path, base: Option<&Path>) -> Result<()> {
         let pod = Arc::clone(self);
         let dir = dir.to_owned();
+        let base = base.map(Path::to_owned);
         // Carried through even if the caller goes away.
         let work = async move {
-            let saved = pod.write(&dir).await;
+            let saved = pod.write(&dir, base.as_deref()).await;
             if saved.is_err()
                 && let Ok(machine) = pod.machine()
                 && let Err(e) = machine.vm.resume().await
@@ -117,7 +119,7 @@ impl Pod {
         Ok(())
     }
 
-    async fn write(&self, dir: &Path) -> Result<()> {
+    async fn write(&self, dir: &Path, base: Option<&Path>) -> Result<()> {
         let machine = self.machine()?;
         let containers = self.describe_containers()?;
         let failed = |what: &str| PodError::io(format!("{what} {}", dir.display()));
@@ -129,7 +131,7 @@ impl Pod {
                 "must be an empty folder",
             ));
         }
-        let saved = machine.vm.snapshot(dir, &self.label()).await;
+        let saved = machine.vm.snapshot(dir, &self.label(), base).await;
         saved.map_err(|e| self.vm_error(e))?;
         let request = self.machine_request()?;
         let saved = SavedPod {

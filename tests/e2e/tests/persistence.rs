@@ -7,6 +7,8 @@
 )]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::Duration;
 
 use e2e::World;
@@ -18,6 +20,11 @@ const COUNT: &str = "exec 5>>/data/count; n=0; \
                      while :; do n=$((n+1)); echo $n; echo $n >&5; sleep 1; done";
 
 const SLOW: Duration = Duration::from_secs(300);
+
+fn disk_bytes(snapshot: &Path) -> u64 {
+    let memory = fs::metadata(snapshot.join("memory")).expect("the snapshot's memory");
+    memory.blocks() * 512
+}
 
 fn last(text: &str) -> u32 {
     let line = text.lines().last().unwrap_or("0");
@@ -81,6 +88,21 @@ fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
         numbers.iter().copied().eq(1..=last(&text)),
         "no number is missing and none comes twice: {numbers:?}"
     );
+
+    // On disk as what differs from the first copy, and back from there.
+    let diff = world.scratch().join("diff");
+    let to = diff.to_str().unwrap();
+    let snapshot = world
+        .ctl
+        .run(["snapshot", "--base", copy, "--to", to, "counter"]);
+    snapshot.expect_code(0);
+    let differs_at = counted();
+    assert!(disk_bytes(&diff) < disk_bytes(Path::new(copy)) / 2);
+    world
+        .ctl
+        .run(["restore", "--from", to, "counter"])
+        .expect_code(0);
+    reaches(differs_at + 1);
 
     // The pod is whole: exec, logs, and the end.
     let exec = world

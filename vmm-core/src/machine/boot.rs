@@ -6,8 +6,10 @@ use super::frame::Frame;
 use super::{BuildError, Machine, Phases, VmShell, cmdline};
 use crate::arch::{self, Platform};
 use crate::config::{Discovery, MachineConfig};
+use crate::exit::ExitNotice;
 use crate::host::Host;
 use crate::memory::GuestRam;
+use crate::thread::VmThreads;
 use crate::vcpu::VcpuState;
 
 impl Machine {
@@ -23,14 +25,8 @@ impl Machine {
         let bytes = config.memory_bytes;
         let ram = GuestRam::new(&config.name, bytes)
             .map_err(|source| BuildError::Memory { bytes, source })?;
-        let frame = Frame::new(
-            config.name,
-            &config.console,
-            shell,
-            ram,
-            config.devices,
-            phases,
-        )?;
+        let threads = VmThreads::new(&config.name, ExitNotice::new());
+        let frame = Frame::new(threads, &config.console, shell, ram, config.devices, phases)?;
         let platform = Platform {
             vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),
             acpi: match config.discovery {

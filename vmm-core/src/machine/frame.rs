@@ -23,7 +23,6 @@ use crate::vm::ExitCounts;
 
 /// See the module.
 pub(super) struct Frame {
-    name: String,
     exit: ExitNotice,
     phases: Arc<Phases>,
     console: ConsoleOutput,
@@ -41,22 +40,21 @@ pub(super) struct Frame {
 impl Frame {
     /// Maps `ram` into the shell's VM and puts the devices around it.
     pub(super) fn new(
-        name: String,
+        threads: VmThreads,
         console: &ConsoleLog,
         shell: VmShell,
         ram: GuestRam,
         devices: DeviceSet,
         phases: Arc<Phases>,
     ) -> Result<Self, BuildError> {
-        let exit = ExitNotice::new();
         let console = open_console(console)?;
+        let exit = threads.exit().clone();
         exit.reads(&console);
         shell
             .vm
             .map_memory(ram.clone())
             .map_err(BuildError::kvm("map guest memory"))?;
         phases.mark_first(Phases::MEMORY_MAPPED);
-        let threads = VmThreads::new(&name, exit.clone());
         let event_loop = EventLoop::start("dev", Arc::new(threads.clone())).map_err(|source| {
             BuildError::Thread {
                 what: "event loop",
@@ -79,7 +77,6 @@ impl Frame {
         let attached = attach(devices, &shell, &ram, &event_loop, &mut buses)?;
         phases.mark_first(Phases::DEVICES_ATTACHED);
         Ok(Self {
-            name,
             exit,
             phases,
             console,
@@ -138,15 +135,16 @@ impl Frame {
             .map_err(thread_error)?;
         self.phases.mark_first(Phases::VM_BUILT);
         let memory_bytes = self.ram.bytes();
+        let name = self.threads.machine().to_owned();
         tracing::info!(
-            pod = self.name,
+            pod = name,
             vcpus = live.members.len(),
             memory_bytes,
             "machine built"
         );
         Ok(Machine {
             host: host.clone(),
-            name: self.name,
+            name,
             exit: self.exit,
             phases: self.phases,
             console: self.console,

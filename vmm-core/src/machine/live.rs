@@ -38,6 +38,10 @@ impl Live {
 
     /// Ends vCPUs, devices and threads; returns when all of them have. Idempotent.
     pub(super) fn tear_down(&self) {
+        self.vcpus.request_stop();
+        if let Some(ram) = self.vm.ram() {
+            ram.give_up();
+        }
         self.vcpus.stop();
         for device in &self.devices {
             device.transport.reset();

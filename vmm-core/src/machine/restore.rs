@@ -6,8 +6,10 @@ use super::frame::Frame;
 use super::{BuildError, Machine, Phases, VmShell};
 use crate::config::{self, ConsoleLog};
 use crate::device_set::DeviceSet;
+use crate::exit::ExitNotice;
 use crate::host::Host;
 use crate::snapshot::Snapshot;
+use crate::thread::VmThreads;
 use crate::vcpu::VcpuState;
 
 /// What is a clone's own. Sizes, kernel and command line are the snapshot's.
@@ -60,10 +62,10 @@ impl Machine {
         }
         phases.mark_first(Phases::VM_CREATED);
         let bytes = snapshot.memory_bytes();
-        let ram = snapshot
-            .memory()
-            .clone_memory()
-            .map_err(|source| BuildError::Memory { bytes, source })?;
+        let no_memory = |source| BuildError::Memory { bytes, source };
+        let threads = VmThreads::new(&config.name, ExitNotice::new());
+        let ram = snapshot.memory().clone_memory(&threads);
+        let ram = ram.map_err(no_memory)?;
         let names: Vec<_> = config
             .devices
             .devices
@@ -71,7 +73,7 @@ impl Machine {
             .map(|device| device.name.clone())
             .collect();
         let frame = Frame::new(
-            config.name,
+            threads,
             &config.console,
             shell,
             ram,
@@ -94,6 +96,7 @@ impl Machine {
                 .restore(saved)
                 .map_err(|source| BuildError::Restore { name, source })?;
         }
+        frame.ram.in_use().map_err(no_memory)?;
         phases.mark_first(Phases::STATE_RESTORED);
         frame.finish(host, state.cmdline.clone(), VcpuState::Paused)
     }

@@ -9,7 +9,7 @@ use crate::arch;
 use crate::exit::ExitNotice;
 use crate::host::Host;
 use crate::memory::MemoryImage;
-use crate::snapshot::{self, MachineState, Snapshot, SnapshotError};
+use crate::snapshot::{self, Base, MachineState, Snapshot, SnapshotError};
 use crate::vm::ExitReason;
 
 /// What saving a machine takes, on whatever thread that happens.
@@ -56,12 +56,22 @@ impl Machine {
 }
 
 impl Saver {
-    /// Writes the machine to an empty folder, as [`Snapshot::store`] does. It stays paused,
-    /// its devices at rest. Blocks.
-    pub(super) fn store(&self, dir: &Path, label: &str) -> Result<(), SnapshotError> {
-        let state = self.state()?;
+    /// Writes the machine to an empty folder, as [`Snapshot::store`] does, but for what the
+    /// snapshot in `base` has. It stays paused, its devices at rest. Blocks.
+    pub(super) fn store(
+        &self,
+        dir: &Path,
+        label: &str,
+        base: Option<&Path>,
+    ) -> Result<(), SnapshotError> {
         let ram = self.live.vm.ram().ok_or(SnapshotError::NoMemory)?;
-        snapshot::store(dir, label, &state, |file| ram.write_to(file))
+        // First: the machine is not stopped for a base that cannot be used.
+        let base = base.map(|base| Base::open(base, label, ram.bytes()));
+        let base = base.transpose()?;
+        let state = self.state()?;
+        snapshot::store(dir, label, &state, base.as_ref(), |file, below| {
+            ram.write_to(file, below)
+        })
     }
 
     /// Pauses the vCPUs and stops the devices, in this order, and reads what they hold.

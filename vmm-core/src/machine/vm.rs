@@ -212,11 +212,12 @@ impl Vm for Machine {
         Ok(())
     }
 
-    async fn snapshot(&self, dir: &Path, label: &str) -> Result<(), VmError> {
+    async fn snapshot(&self, dir: &Path, label: &str, base: Option<&Path>) -> Result<(), VmError> {
         let live = self.ensure_running()?;
         let saver = self.saver(live);
         let (dir, label) = (dir.to_owned(), label.to_owned());
-        tokio::task::spawn_blocking(move || saver.store(&dir, &label))
+        let base = base.map(Path::to_owned);
+        tokio::task::spawn_blocking(move || saver.store(&dir, &label, base.as_deref()))
             .await
             .map_err(|err| VmError::Backend(Box::new(err)))?
             .map_err(|err| VmError::Backend(Box::new(err)))

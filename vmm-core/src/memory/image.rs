@@ -3,31 +3,28 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::unistd::{Whence, lseek};
 
-use super::{Backing, GuestRam, sealable_memfd};
+use super::chunks::{CHUNK_BYTES, ChunkList, ChunkWriter, chunk_len, for_each_chunk, next_data};
+use super::stored::StoredMemory;
+use super::{Backing, GuestRam, Lazy, sealable_memfd};
+use crate::thread::VmThreads;
 
-/// Unit in which images are written, compared with zero and digested.
-pub(crate) const CHUNK_BYTES: usize = 64 << 10;
-
-/// Memory that nobody can change any more, in a sealed memfd. Clones share it.
+/// Memory that nobody changes any more. Clones share it.
 #[derive(Clone, Debug)]
 pub struct MemoryImage {
-    file: Arc<File>,
+    content: Content,
     bytes: u64,
 }
 
-/// Digest of an image's content, wherever it is stored and however sparse.
-#[derive(Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct MemoryDigest([u8; 32]);
-
-impl std::fmt::Debug for MemoryDigest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&blake3::Hash::from(self.0).to_hex())
-    }
+#[derive(Clone, Debug)]
+enum Content {
+    /// A sealed memfd. The list is known once it was read or written.
+    Sealed(Arc<File>, Arc<OnceLock<Arc<ChunkList>>>),
+    /// Files that are read when a guest needs them.
+    Stored(Arc<StoredMemory>),
 }
 
 impl MemoryImage {
@@ -44,49 +41,131 @@ impl MemoryImage {
         let bytes = ram.bytes;
         drop(ram);
         seal(&file)?;
-        Ok(Self { file, bytes })
+        Ok(Self {
+            content: Content::Sealed(file, Arc::default()),
+            bytes,
+        })
     }
 
-    /// Reads an image of `bytes` that [`Self::write_to`] wrote, into memory of its own: what
-    /// happens to the file later concerns no clone.
+    /// Reads all of `stored` into memory of this process: what happens to its files later
+    /// concerns no clone.
     ///
     /// # Errors
-    /// When the file is shorter or longer, its content does not have `digest`, or the host
-    /// has no memory for it.
-    pub(crate) fn read_from(from: &File, bytes: u64, digest: MemoryDigest) -> io::Result<Self> {
-        let found = from.metadata()?.len();
-        if found != bytes {
-            return Err(invalid(format!(
-                "the memory file has {found} bytes instead of {bytes}"
-            )));
-        }
-        let file = sealable_memfd("template", bytes)?;
-        if write(from, bytes, &file)? != digest {
-            return Err(invalid(
-                "the content of the memory file does not have its digest".to_owned(),
-            ));
+    /// When a chunk cannot be read or is not what was written, or the host has no memory
+    /// for it.
+    pub(crate) fn load(stored: &StoredMemory) -> io::Result<Self> {
+        let file = sealable_memfd("template", stored.bytes())?;
+        let mut buffer = vec![0; CHUNK_BYTES];
+        for chunk in stored.chunks().iter() {
+            file.write_all_at(stored.read(chunk, &mut buffer)?, chunk.offset())?;
         }
         seal(&file)?;
         Ok(Self {
-            file: Arc::new(file),
-            bytes,
+            content: Content::Sealed(
+                Arc::new(file),
+                Arc::new(OnceLock::from(Arc::clone(stored.chunks()))),
+            ),
+            bytes: stored.bytes(),
         })
+    }
+
+    /// Leaves `stored` on disk: each clone reads what its guest needs when it does.
+    pub(crate) fn open(stored: StoredMemory) -> Self {
+        Self {
+            bytes: stored.bytes(),
+            content: Content::Stored(Arc::new(stored)),
+        }
     }
 
     /// Writes the image to an empty file, leaving holes where memory is zero.
     ///
     /// # Errors
     /// As the file's writes.
-    pub(crate) fn write_to(&self, to: &File) -> io::Result<MemoryDigest> {
-        write(&self.file, self.bytes, to)
+    pub(crate) fn write_to(&self, to: &File) -> io::Result<ChunkList> {
+        let mut writer = ChunkWriter::new(to, None);
+        self.for_each_chunk(|offset, chunk| writer.add(offset, chunk))?;
+        let list = writer.finish(self.bytes)?;
+        if let Content::Sealed(_, known) = &self.content {
+            known.get_or_init(|| Arc::new(list.clone()));
+        }
+        Ok(list)
     }
 
-    /// Memory for a clone: pages are shared with the image until they are written.
+    fn for_each_chunk(&self, mut each: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
+        match &self.content {
+            Content::Sealed(file, _) => for_each_chunk(file, self.bytes, each),
+            Content::Stored(stored) => {
+                let mut buffer = vec![0; CHUNK_BYTES];
+                for chunk in stored.chunks().iter() {
+                    each(chunk.offset(), stored.read(chunk, &mut buffer)?)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The chunks that are not zero, if they are known.
+    pub(super) fn chunks(&self) -> Option<&ChunkList> {
+        match &self.content {
+            Content::Sealed(_, known) => known.get().map(|list| &**list),
+            Content::Stored(stored) => Some(stored.chunks()),
+        }
+    }
+
+    /// The first chunk at or after `from` that may not be zero; `u64::MAX` when there is none.
+    pub(super) fn next_chunk(&self, from: u64) -> io::Result<u64> {
+        match &self.content {
+            Content::Sealed(file, _) => next_data(file, from),
+            Content::Stored(stored) => {
+                let mut offsets = stored.chunks().iter().map(super::chunks::Chunk::offset);
+                Ok(offsets.find(|offset| *offset >= from).unwrap_or(u64::MAX))
+            }
+        }
+    }
+
+    /// Reads the chunk at `offset` into the beginning of `buffer` and returns that part.
+    pub(super) fn read_chunk<'b>(
+        &self,
+        offset: u64,
+        buffer: &'b mut [u8],
+    ) -> io::Result<&'b mut [u8]> {
+        let len = chunk_len(offset, self.bytes);
+        match &self.content {
+            Content::Sealed(file, _) => {
+                let chunk = buffer.get_mut(..len).ok_or(io::ErrorKind::InvalidInput)?;
+                file.read_exact_at(chunk, offset)?;
+            }
+            Content::Stored(stored) => match stored.chunk(offset) {
+                Some(chunk) => {
+                    stored.read(chunk, buffer)?;
+                }
+                None => buffer.fill(0),
+            },
+        }
+        buffer
+            .get_mut(..len)
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Memory for a clone: pages are shared with the image until they are written, or read
+    /// from its files when they are first touched, by a thread of `threads`.
     ///
     /// # Errors
-    /// When the host cannot map it.
-    pub(crate) fn clone_memory(&self) -> io::Result<GuestRam> {
-        GuestRam::map(Backing::Image(Arc::clone(&self.file)), self.bytes)
+    /// When the host cannot map it, or has no userfaultfd for files.
+    pub(crate) fn clone_memory(&self, threads: &VmThreads) -> io::Result<GuestRam> {
+        let mut ram = GuestRam::map(Backing::Image(self.clone()), self.bytes)?;
+        if let Content::Stored(stored) = &self.content {
+            ram.lazy = Some(Arc::new(Lazy::start(&ram.mapped, stored, threads)?));
+        }
+        Ok(ram)
+    }
+
+    /// What to map; nothing for files, which are not mapped.
+    pub(super) fn memfd(&self) -> Option<&Arc<File>> {
+        match &self.content {
+            Content::Sealed(file, _) => Some(file),
+            Content::Stored(_) => None,
+        }
     }
 
     /// Size of the guest's memory.
@@ -100,7 +179,8 @@ impl MemoryImage {
     /// # Errors
     /// When the memfd cannot be examined.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        super::allocated_bytes(&self.file)
+        self.memfd()
+            .map_or(Ok(0), |file| super::allocated_bytes(file))
     }
 }
 
@@ -112,20 +192,21 @@ impl MemoryImage {
         let denied = |result: io::Result<()>| {
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         };
-        denied(self.file.write_all_at(&[1], 0));
-        denied(self.file.set_len(4096));
-        denied(self.file.set_len(self.bytes * 2));
-        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = self.memfd().unwrap();
+        denied(file.write_all_at(&[1], 0));
+        denied(file.set_len(4096));
+        denied(file.set_len(self.bytes * 2));
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
         let again = File::options().write(true).open(link).unwrap();
         denied(again.write_all_at(&[1], 0));
         let region = vm_memory::mmap::MmapRegion::<()>::build(
-            Some(vm_memory::FileOffset::from_arc(Arc::clone(&self.file), 0)),
+            Some(vm_memory::FileOffset::from_arc(Arc::clone(file), 0)),
             4096,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED,
         );
         assert!(region.is_err(), "mapped shared and writable");
-        denied(punch(&self.file));
+        denied(punch(file));
     }
 }
 
@@ -136,32 +217,6 @@ fn punch(file: &File) -> io::Result<()> {
     Ok(fallocate(file, flags, 0, 4096)?)
 }
 
-/// Digests the chunks of an image that are not zero.
-#[derive(Debug, Default)]
-pub(crate) struct Hasher(blake3::Hasher);
-
-impl Hasher {
-    pub(crate) fn add(&mut self, offset: u64, chunk: &[u8]) {
-        self.0.update(&offset.to_le_bytes());
-        self.0.update(chunk);
-    }
-
-    pub(crate) fn finish(&self) -> MemoryDigest {
-        MemoryDigest(*self.0.finalize().as_bytes())
-    }
-}
-
-/// Copies what is not zero in the first `bytes` of `from`.
-pub(super) fn write(from: &File, bytes: u64, to: &File) -> io::Result<MemoryDigest> {
-    let mut hasher = Hasher::default();
-    for_each_chunk(from, bytes, |offset, chunk| {
-        hasher.add(offset, chunk);
-        to.write_all_at(chunk, offset)
-    })?;
-    to.set_len(bytes)?;
-    Ok(hasher.finish())
-}
-
 /// No size change, no write and no further seal from now on.
 fn seal(file: &File) -> io::Result<()> {
     let seals = SealFlag::F_SEAL_SHRINK
@@ -170,61 +225,4 @@ fn seal(file: &File) -> io::Result<()> {
         | SealFlag::F_SEAL_SEAL;
     fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(())
-}
-
-/// Calls `each` with every chunk of the first `bytes` of `file` that is not all zero, in
-/// order. Holes are not read.
-pub(crate) fn for_each_chunk(
-    file: &File,
-    bytes: u64,
-    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES];
-    let mut offset = next_data(file, 0)?;
-    while offset < bytes {
-        let Some(chunk) = buffer.get_mut(..chunk_len(offset, bytes)) else {
-            break;
-        };
-        file.read_exact_at(chunk, offset)?;
-        if !is_zero(chunk) {
-            each(offset, chunk)?;
-        }
-        offset = next_data(file, offset.saturating_add(CHUNK_BYTES as u64))?;
-    }
-    Ok(())
-}
-
-/// Bytes of the chunk at `offset` of a file of `bytes`.
-pub(super) fn chunk_len(offset: u64, bytes: u64) -> usize {
-    let left = bytes.saturating_sub(offset);
-    usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_BYTES)
-}
-
-/// The chunk with the first data at or after `from`; `u64::MAX` when there is none.
-pub(super) fn next_data(file: &File, from: u64) -> io::Result<u64> {
-    let position = i64::try_from(from).map_err(io::Error::other)?;
-    match lseek(file, position, Whence::SeekData) {
-        Ok(data) => {
-            let data = u64::try_from(data).map_err(io::Error::other)?;
-            let within = data.checked_rem(CHUNK_BYTES as u64).unwrap_or(0);
-            Ok(data.saturating_sub(within))
-        }
-        Err(nix::errno::Errno::ENXIO) => Ok(u64::MAX),
-        // A file system that cannot tell holes.
-        Err(nix::errno::Errno::EINVAL) => Ok(from),
-        Err(err) => Err(err.into()),
-    }
-}
-
-pub(super) fn is_zero(chunk: &[u8]) -> bool {
-    // Compares memory with itself, one step on: as fast as memcmp.
-    chunk.first().is_none_or(|&first| first == 0)
-        && chunk.get(1..).unwrap_or_default()
-            == chunk
-                .get(..chunk.len().saturating_sub(1))
-                .unwrap_or_default()
-}
-
-fn invalid(what: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
 }

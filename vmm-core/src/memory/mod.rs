@@ -1,7 +1,10 @@
 //! Guest memory: one file, mapped around the hole where devices live.
 
+mod chunks;
 mod image;
+mod lazy;
 mod private;
+mod stored;
 
 use std::fs::File;
 use std::io;
@@ -14,7 +17,13 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-pub use self::image::{MemoryDigest, MemoryImage};
+pub(crate) use self::chunks::ChunkList;
+use self::chunks::ChunkWriter;
+pub use self::chunks::MemoryDigest;
+pub use self::image::MemoryImage;
+use self::lazy::Lazy;
+pub(crate) use self::lazy::is_possible as can_be_lazy;
+pub(crate) use self::stored::StoredMemory;
 use crate::arch::layout;
 
 /// RAM of one machine. Clones of this value share it; it is freed with the last one.
@@ -23,6 +32,8 @@ pub struct GuestRam {
     mapped: GuestMemory,
     backing: Backing,
     bytes: u64,
+    /// Fills the memory of a clone of files.
+    lazy: Option<Arc<Lazy>>,
 }
 
 /// Whose pages a machine runs on.
@@ -30,23 +41,21 @@ pub struct GuestRam {
 pub(crate) enum Backing {
     /// A memfd of its own, mapped shared.
     Own(Arc<File>),
-    /// An image, mapped private: only what the machine writes is its own.
-    Image(Arc<File>),
+    /// An image: only what the machine writes is its own.
+    Image(MemoryImage),
 }
 
 impl Backing {
-    fn file(&self) -> &Arc<File> {
-        match self {
-            Self::Own(file) | Self::Image(file) => file,
-        }
-    }
-
-    fn flags(&self) -> libc::c_int {
-        let sharing = match self {
-            Self::Own(_) => libc::MAP_SHARED,
-            Self::Image(_) => libc::MAP_PRIVATE,
+    /// What to map and how.
+    fn mapping(&self) -> (Option<&Arc<File>>, libc::c_int) {
+        let (file, sharing) = match self {
+            Self::Own(file) => (Some(file), libc::MAP_SHARED),
+            Self::Image(image) => match image.memfd() {
+                Some(file) => (Some(file), libc::MAP_PRIVATE),
+                None => (None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+            },
         };
-        sharing | libc::MAP_NORESERVE
+        (file, sharing | libc::MAP_NORESERVE)
     }
 }
 
@@ -70,12 +79,12 @@ impl GuestRam {
 
     fn map(backing: Backing, bytes: u64) -> io::Result<Self> {
         let mut regions = Vec::new();
+        let (file, flags) = backing.mapping();
         for region in ram_regions(bytes) {
             let len = usize::try_from(region.bytes).map_err(io::Error::other)?;
-            let file = FileOffset::from_arc(Arc::clone(backing.file()), region.file_offset);
+            let file = file.map(|file| FileOffset::from_arc(Arc::clone(file), region.file_offset));
             let access = libc::PROT_READ | libc::PROT_WRITE;
-            let mapping = MmapRegion::build(Some(file), len, access, backing.flags())
-                .map_err(io::Error::other)?;
+            let mapping = MmapRegion::build(file, len, access, flags).map_err(io::Error::other)?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(region.start))
                 .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
             regions.push(region);
@@ -85,6 +94,7 @@ impl GuestRam {
             mapped: Arc::new(mapped),
             backing,
             bytes,
+            lazy: None,
         })
     }
 
@@ -113,15 +123,34 @@ impl GuestRam {
 }
 
 impl GuestRam {
-    /// Writes all of it to an empty file, leaving holes where it is zero. Nothing may write
-    /// to it meanwhile.
+    /// Writes all of it to an empty file, leaving holes where it is zero and where it is as
+    /// in `base`. Nothing may write to it meanwhile.
     ///
     /// # Errors
     /// As the file's writes.
-    pub(crate) fn write_to(&self, to: &File) -> io::Result<MemoryDigest> {
+    pub(crate) fn write_to(&self, to: &File, base: Option<&ChunkList>) -> io::Result<ChunkList> {
         match &self.backing {
-            Backing::Own(file) => image::write(file, self.bytes, to),
-            Backing::Image(file) => private::write(&self.mapped, file, self.bytes, to),
+            Backing::Own(file) => {
+                let mut writer = ChunkWriter::new(to, base);
+                chunks::for_each_chunk(file, self.bytes, |at, chunk| writer.add(at, chunk))?;
+                writer.finish(self.bytes)
+            }
+            Backing::Image(image) => private::write(&self.mapped, image, to, base),
+        }
+    }
+
+    /// The machine is whole: from now on memory that cannot be read ends it.
+    ///
+    /// # Errors
+    /// Something could not be read before.
+    pub(crate) fn in_use(&self) -> io::Result<()> {
+        self.lazy.as_ref().map_or(Ok(()), |lazy| lazy.in_use())
+    }
+
+    /// The guest does not run any more: who waits for memory that cannot be read shall not.
+    pub(crate) fn give_up(&self) {
+        if let Some(lazy) = &self.lazy {
+            lazy.give_up();
         }
     }
 }
@@ -207,7 +236,10 @@ mod tests {
     #[test]
     fn the_memfd_cannot_be_resized() {
         let ram = GuestRam::new("test", 1 << 20).unwrap();
-        ram.backing.file().set_len(4096).unwrap_err();
-        ram.backing.file().set_len(2 << 20).unwrap_err();
+        let (Some(file), _) = ram.backing.mapping() else {
+            panic!("not in a file");
+        };
+        file.set_len(4096).unwrap_err();
+        file.set_len(2 << 20).unwrap_err();
     }
 }

@@ -9,8 +9,8 @@ use devices::virtio::GuestMemory;
 use devices::virtio::release::PAGE_BYTES;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
 
-use super::image::{CHUNK_BYTES, Hasher, chunk_len, is_zero, next_data};
-use super::{MemoryDigest, ram_regions};
+use super::chunks::{CHUNK_BYTES, ChunkList, ChunkWriter, chunk_start};
+use super::{MemoryImage, ram_regions};
 
 /// Pages looked at in one read.
 const PAGES: usize = 8192;
@@ -69,55 +69,54 @@ pub(super) fn bytes(memory: &GuestMemory) -> io::Result<u64> {
 }
 
 /// Writes the memory of a clone of `image`: what it has written, and the image's content
-/// elsewhere. The image is read as a file: reading its holes through the mapping would
-/// allocate pages.
+/// elsewhere. The image is read by itself: reading its holes through the mapping would
+/// allocate pages. Chunks of it that `base` has too are not read at all.
 pub(super) fn write(
     memory: &GuestMemory,
-    image: &File,
-    bytes: u64,
+    image: &MemoryImage,
     to: &File,
-) -> io::Result<MemoryDigest> {
+    base: Option<&ChunkList>,
+) -> io::Result<ChunkList> {
+    let bytes = image.bytes();
     // By chunk: where its own pages lie, in the guest and in the file.
     let mut own: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
     for_each_page(memory, |address| {
         let offset = file_offset(address, bytes)
             .ok_or_else(|| io::Error::other("a page outside of guest memory"))?;
-        let chunk = offset.saturating_sub(offset.checked_rem(CHUNK_BYTES as u64).unwrap_or(0));
-        own.entry(chunk).or_default().push((address, offset));
+        let pages = own.entry(chunk_start(offset)).or_default();
+        pages.push((address, offset));
         Ok(())
     })?;
-    let mut hasher = Hasher::default();
+    let mut writer = ChunkWriter::new(to, base);
     let mut buffer = vec![0; CHUNK_BYTES];
-    let mut shared = next_data(image, 0)?;
+    let mut shared = image.next_chunk(0)?;
     loop {
         let next = own.first_key_value().map_or(u64::MAX, |(chunk, _)| *chunk);
         let offset = shared.min(next);
         if offset >= bytes {
             break;
         }
-        let Some(chunk) = buffer.get_mut(..chunk_len(offset, bytes)) else {
-            break;
-        };
-        image.read_exact_at(chunk, offset)?;
-        for (address, at) in own.remove(&offset).unwrap_or_default() {
-            let start = usize::try_from(at.saturating_sub(offset)).unwrap_or(usize::MAX);
-            let end = start.saturating_add(usize::try_from(PAGE_BYTES).unwrap_or(0));
-            if let Some(page) = chunk.get_mut(start..end) {
-                memory
-                    .read_slice(page, GuestAddress(address))
-                    .map_err(io::Error::other)?;
+        let pages = own.remove(&offset).unwrap_or_default();
+        let known = image.chunks().and_then(|chunks| chunks.at(offset));
+        let unchanged = known.filter(|_| pages.is_empty());
+        if !unchanged.is_some_and(|chunk| writer.add_known(*chunk)) {
+            let content = image.read_chunk(offset, &mut buffer)?;
+            for (address, at) in pages {
+                let start = usize::try_from(at.saturating_sub(offset)).unwrap_or(usize::MAX);
+                let end = start.saturating_add(usize::try_from(PAGE_BYTES).unwrap_or(0));
+                if let Some(page) = content.get_mut(start..end) {
+                    memory
+                        .read_slice(page, GuestAddress(address))
+                        .map_err(io::Error::other)?;
+                }
             }
-        }
-        if !is_zero(chunk) {
-            hasher.add(offset, chunk);
-            to.write_all_at(chunk, offset)?;
+            writer.add(offset, content)?;
         }
         if shared == offset {
-            shared = next_data(image, offset.saturating_add(CHUNK_BYTES as u64))?;
+            shared = image.next_chunk(offset.saturating_add(CHUNK_BYTES as u64))?;
         }
     }
-    to.set_len(bytes)?;
-    Ok(hasher.finish())
+    writer.finish(bytes)
 }
 
 /// Where guest memory of `bytes` in all keeps the page at `address`.

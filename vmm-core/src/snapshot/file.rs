@@ -1,22 +1,22 @@
 //! The format of the file `state`: magic, version, length, content, digest.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 
 use super::{MachineState, Stored};
 
 const MAGIC: [u8; 8] = *b"KUASARVM";
 /// Counts changes of anything in the content.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 20;
 const DIGEST_BYTES: usize = 32;
 /// 32 vCPUs take a tenth of this.
 const MAX_BYTES: u64 = 4 << 20;
 
-pub(super) fn write(mut file: &File, stored: &Stored<&MachineState>) -> io::Result<()> {
+/// The file of `stored`.
+pub(super) fn to_bytes(stored: &Stored<&MachineState>) -> io::Result<Vec<u8>> {
     let content = postcard::to_stdvec(stored).map_err(io::Error::other)?;
-    file.write_all(&seal(&content))?;
-    file.sync_all()
+    Ok(seal(&content))
 }
 
 /// The file around `content`.
@@ -87,8 +87,8 @@ mod tests {
         // Lists of CPUID entries and MSRs, eight structures.
         let vcpu = [vec![0; 8], len(msrs), vec![0; msrs], vec![0]].concat();
         [
-            // Label, digest, command line, size of memory.
-            vec![0; 35],
+            // Label, digest, no base, command line, size of memory.
+            vec![0; 36],
             len(vcpus),
             vcpu.repeat(vcpus),
             len(chips),

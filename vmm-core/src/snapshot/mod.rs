@@ -1,10 +1,14 @@
 //! A machine at one moment: what clones are made from.
 //!
 //! [`crate::Machine::into_snapshot`] makes one, [`crate::Machine::restore`] any number of
-//! machines from it. On disk it is a folder of two files: `state`, versioned and with a
-//! digest, and `memory`, with holes where the guest's memory is zero. A snapshot is of one
-//! host: it holds the state of the host's own CPU.
+//! machines from it. A snapshot is of one host: it holds the state of the host's own CPU.
+//!
+//! On disk it is a folder of three files: `state`, versioned and with a digest; `memory`,
+//! with holes where the guest's memory is zero; and `chunks`, which lists what is in
+//! `memory` with a digest each. One that was made over a *base*, an earlier snapshot, leaves
+//! out what the base has: it names the base's folder, which has to stay where it is.
 
+mod base;
 mod bounded;
 mod error;
 mod file;
@@ -12,21 +16,23 @@ mod file;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::transport::mmio::MmioState;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::base::Base;
 pub(crate) use self::bounded::at_most;
 pub use self::error::SnapshotError;
 use crate::arch;
 use crate::config::MAX_VCPUS;
 use crate::machine::LegacyState;
-use crate::memory::{MemoryDigest, MemoryImage};
+use crate::memory::{self, ChunkList, MemoryDigest, MemoryImage};
 
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const CHUNKS: &str = "chunks";
 
 /// Everything but the memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -45,6 +51,8 @@ pub(crate) struct MachineState {
 struct Stored<M = MachineState> {
     label: String,
     memory: MemoryDigest,
+    /// Folder of the snapshot that has the rest of the memory.
+    base: Option<PathBuf>,
     machine: M,
 }
 
@@ -91,7 +99,9 @@ impl Snapshot {
     /// # Errors
     /// As the file operations; what was written until then stays.
     pub fn store(&self, dir: &Path, label: &str) -> Result<(), SnapshotError> {
-        store(dir, label, &self.state, |file| self.memory.write_to(file))
+        store(dir, label, &self.state, None, |file, _| {
+            self.memory.write_to(file)
+        })
     }
 
     /// Reads what [`Self::store`] wrote, into memory of this process: the files may go
@@ -100,22 +110,24 @@ impl Snapshot {
     /// # Errors
     /// A file that is missing, damaged, of another version or of another `label`.
     pub fn load(dir: &Path, label: &str) -> Result<Self, SnapshotError> {
-        let path = dir.join(STATE);
-        let failed = |path: &Path| SnapshotError::file("read", path);
-        let file = File::open(&path).map_err(failed(&path))?;
-        let stored = file::read(&file).map_err(failed(&path))?;
-        if stored.label != label {
-            return Err(SnapshotError::Label {
-                path,
-                found: stored.label,
-                wanted: label.to_owned(),
-            });
+        let (state, stored) = base::open(dir, label)?;
+        let memory =
+            MemoryImage::load(&stored).map_err(SnapshotError::file("read", &dir.join(MEMORY)))?;
+        Ok(Self::new(state, memory))
+    }
+
+    /// Opens what [`Self::store`] wrote. Memory is read and checked when a machine made
+    /// from it first needs it: files that are removed meanwhile stay until then, files that
+    /// are changed end the machine. On a host without userfaultfd(2) it is read now.
+    ///
+    /// # Errors
+    /// As [`Self::load`], but for the content of the memory.
+    pub fn open(dir: &Path, label: &str) -> Result<Self, SnapshotError> {
+        if !memory::can_be_lazy() {
+            return Self::load(dir, label);
         }
-        let path = dir.join(MEMORY);
-        let file = File::open(&path).map_err(failed(&path))?;
-        let bytes = stored.machine.memory_bytes;
-        let memory = MemoryImage::read_from(&file, bytes, stored.memory).map_err(failed(&path))?;
-        Ok(Self::new(stored.machine, memory))
+        let (state, stored) = base::open(dir, label)?;
+        Ok(Self::new(state, MemoryImage::open(stored)))
     }
 }
 
@@ -133,29 +145,42 @@ pub(crate) fn seal(content: &[u8]) -> Vec<u8> {
     file::seal(content)
 }
 
-/// Writes both files of a snapshot, the one without which the other is nothing last.
+/// Writes the files of a snapshot, the one without which the others are nothing last.
+/// `write_memory` is given the chunks that the base has.
 pub(crate) fn store(
     dir: &Path,
     label: &str,
     machine: &MachineState,
-    write_memory: impl FnOnce(&File) -> io::Result<MemoryDigest>,
+    base: Option<&Base>,
+    write_memory: impl FnOnce(&File, Option<&ChunkList>) -> io::Result<ChunkList>,
 ) -> Result<(), SnapshotError> {
     let path = dir.join(MEMORY);
     let failed = |path: &Path| SnapshotError::file("write", path);
     let file = create(&path).map_err(failed(&path))?;
-    let memory = write_memory(&file).map_err(failed(&path))?;
+    let chunks = write_memory(&file, base.map(Base::chunks)).map_err(failed(&path))?;
     file.sync_all().map_err(failed(&path))?;
+    let path = dir.join(CHUNKS);
+    write_file(&path, &chunks.to_bytes()).map_err(failed(&path))?;
     let stored = Stored {
         label: label.to_owned(),
-        memory,
+        memory: chunks.digest(),
+        base: base.map(|base| base.dir().to_owned()),
         machine,
     };
     let path = dir.join(STATE);
-    let file = create(&path).map_err(failed(&path))?;
-    file::write(&file, &stored).map_err(failed(&path))?;
+    file::to_bytes(&stored)
+        .and_then(|bytes| write_file(&path, &bytes))
+        .map_err(failed(&path))?;
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(failed(dir))
+}
+
+fn write_file(path: &Path, content: &[u8]) -> io::Result<()> {
+    use std::io::Write;
+    let mut file = create(path)?;
+    file.write_all(content)?;
+    file.sync_all()
 }
 
 fn create(path: &Path) -> io::Result<File> {

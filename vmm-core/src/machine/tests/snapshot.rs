@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
 
 use super::*;
 use crate::config::ConsoleLog;
@@ -108,7 +109,7 @@ fn what_is_stored_is_loaded_and_runs_after_its_files_are_gone() {
     let (original, counted) = snapshot(&host, 2);
     let dir = tempfile::tempdir().unwrap();
     original.store(dir.path(), "counter").unwrap();
-    for file in ["state", "memory"] {
+    for file in ["state", "memory", "chunks"] {
         let mode = fs::metadata(dir.path().join(file)).unwrap().permissions();
         assert_eq!(mode.mode() & 0o777, 0o600, "{file}");
     }
@@ -134,7 +135,7 @@ fn running_clones_are_stored_with_what_they_wrote() {
     let stored_at = runtime().block_on(async {
         clone.start().await.unwrap();
         printed(&clone, "..").await;
-        clone.snapshot(dir.path(), "pod").await.unwrap();
+        clone.snapshot(dir.path(), "pod", None).await.unwrap();
         let stored_at = count(&clone);
         assert!(stored_at > counted);
         // It goes on, and its copy stays.
@@ -154,6 +155,89 @@ fn running_clones_are_stored_with_what_they_wrote() {
         printed(&again, "..").await;
         again.stop(PATIENCE).await.unwrap();
     });
+}
+
+/// Bytes on disk.
+fn disk_bytes(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let meta = fs::metadata(dir.join("memory")).unwrap();
+    meta.blocks() * 512
+}
+
+#[test]
+fn a_machine_over_files_reads_what_it_needs_and_is_stored_as_a_difference() {
+    let Some(host) = host() else { return };
+    let (original, counted) = snapshot(&host, 2);
+    let root = tempfile::tempdir().unwrap();
+    let dirs = ["full", "diff", "second"].map(|name| root.path().join(name));
+    for dir in &dirs {
+        fs::create_dir(dir).unwrap();
+    }
+    let [full, diff, second] = &dirs;
+    original.store(full, "pod").unwrap();
+    drop(original);
+    let restore = |dir: &Path, name| {
+        let opened = Snapshot::open(dir, "pod").unwrap();
+        Machine::restore(&host, clone_config(name), &opened, None).unwrap()
+    };
+    let mut counts = vec![counted];
+    for (from, to) in [(full, diff), (diff, second)] {
+        let machine = restore(from, "lazy");
+        assert!(machine.stats().resident_bytes.unwrap() < 1 << 20);
+        assert_eq!(count(&machine), *counts.last().unwrap());
+        runtime().block_on(async {
+            machine.start().await.unwrap();
+            printed(&machine, "..").await;
+            machine.snapshot(to, "pod", Some(from)).await.unwrap();
+            counts.push(count(&machine));
+            machine.stop(PATIENCE).await.unwrap();
+        });
+        assert!(counts.is_sorted_by(|a, b| a < b), "{counts:?}");
+        assert!(disk_bytes(to) < disk_bytes(full), "only what changed");
+    }
+    // Read whole, files of other snapshots included.
+    let loaded = Snapshot::load(second, "pod").unwrap();
+    let clone = Machine::restore(&host, clone_config("whole"), &loaded, None).unwrap();
+    assert_eq!(Some(&count(&clone)), counts.last());
+    // No base, and another machine's in its place.
+    fs::rename(full, root.path().join("kept")).unwrap();
+    let open = || Snapshot::open(second, "pod").map(drop).unwrap_err();
+    assert!(open().to_string().contains("full/state"), "{}", open());
+    fs::create_dir(full).unwrap();
+    let (other, _) = self::snapshot(&host, 1);
+    other.store(full, "pod").unwrap();
+    let SnapshotError::File { source, .. } = open() else {
+        panic!("{}", open());
+    };
+    assert!(source.to_string().contains("below"), "{source}");
+}
+
+#[test]
+fn a_machine_whose_files_are_cut_short_ends_alone() {
+    let Some(host) = host() else { return };
+    let (original, _) = snapshot(&host, 1);
+    let dir = tempfile::tempdir().unwrap();
+    original.store(dir.path(), "pod").unwrap();
+    let opened = Snapshot::open(dir.path(), "pod").unwrap();
+    let machine = Machine::restore(&host, clone_config("cut"), &opened, None).unwrap();
+    let memory = dir.path().join("memory");
+    let file = fs::OpenOptions::new().write(true).open(memory).unwrap();
+    file.set_len(0).unwrap();
+    let reason = runtime().block_on(async {
+        machine.start().await.unwrap();
+        let reason = machine
+            .exited()
+            .wait_for(Option::is_some)
+            .await
+            .unwrap()
+            .clone();
+        machine.stop(PATIENCE).await.unwrap();
+        reason
+    });
+    let Some(ExitReason::Device(why)) = reason else {
+        panic!("{reason:?}");
+    };
+    assert!(why.contains("guest memory cannot be read"), "{why}");
 }
 
 #[test]
@@ -252,9 +336,23 @@ fn damaged_and_foreign_files_are_refused() {
 
     let memory = dir.path().join("memory");
     let file = fs::OpenOptions::new().write(true).open(&memory).unwrap();
-    file.write_all_at(&[1], 0x123_4567).unwrap();
+    let at = u64::from(guest::COUNTER);
+    let mut before = [0];
+    fs::File::open(&memory)
+        .unwrap()
+        .read_exact_at(&mut before, at)
+        .unwrap();
+    file.write_all_at(&[!before[0]], at).unwrap();
     assert!(load().unwrap_err().to_string().contains("memory"));
-    file.write_all_at(&[0], 0x123_4567).unwrap();
+    file.write_all_at(&before, at).unwrap();
+    load().unwrap();
+    let chunks = dir.path().join("chunks");
+    let list = fs::read(&chunks).unwrap();
+    for damaged in [&list[1..], &list[..list.len() - 40], &list.repeat(2)] {
+        fs::write(&chunks, damaged).unwrap();
+        load().unwrap_err();
+    }
+    fs::write(&chunks, list).unwrap();
     load().unwrap();
     file.set_len(4096).unwrap();
     load().unwrap_err();
