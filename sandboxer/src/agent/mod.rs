@@ -4,14 +4,17 @@
 //! of the pod; nothing is polled. Should the stream break while the VM lives on, the agent
 //! dials again and the calls continue on the new stream. Every call has a deadline.
 
+mod contract;
 mod error;
 mod link;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::rpc;
 use agent_api::stream::{StreamId, StreamKind};
+use async_trait::async_trait;
 use protobuf::MessageField;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
@@ -20,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use ttrpc::context::{Context, with_duration};
 use vmm_core::vm::{GuestListener, GuestStream, Vm, VmError};
 
+pub use contract::Agent;
 pub use error::AgentError;
 
 type Result<T> = std::result::Result<T, AgentError>;
@@ -75,7 +79,7 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Connected {
     /// For calls.
-    pub client: AgentClient,
+    pub client: Arc<dyn Agent>,
     /// What the agent said first.
     pub ready: rpc::Ready,
     /// What happens in the guest from now on; ends with the VM.
@@ -129,7 +133,7 @@ impl AgentClient {
             _link: link,
         };
         Ok(Connected {
-            client,
+            client: Arc::new(client),
             ready,
             events,
         })
@@ -159,12 +163,11 @@ impl AgentClient {
             .await
             .unwrap_or(Err(AgentError::Deadline { call, limit }))
     }
+}
 
-    /// Once per pod, before the first container.
-    ///
-    /// # Errors
-    /// See [`AgentError`]; so for every call below.
-    pub async fn setup_sandbox(&self, request: rpc::SetupSandboxRequest) -> Result<()> {
+#[async_trait]
+impl Agent for AgentClient {
+    async fn setup_sandbox(&self, request: rpc::SetupSandboxRequest) -> Result<()> {
         self.call("set up the sandbox", |c, ctx| async move {
             c.setup_sandbox(ctx, &request).await
         })
@@ -172,8 +175,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Creates a container with its init process; returns the guest's pid.
-    pub async fn create_container(&self, request: rpc::CreateContainerRequest) -> Result<u32> {
+    async fn create_container(&self, request: rpc::CreateContainerRequest) -> Result<u32> {
         self.call("create the container", |c, ctx| async move {
             c.create_container(ctx, &request).await
         })
@@ -181,8 +183,7 @@ impl AgentClient {
         .map(|reply| reply.pid)
     }
 
-    /// Adds a process to a running container.
-    pub async fn create_exec(&self, request: rpc::CreateExecRequest) -> Result<()> {
+    async fn create_exec(&self, request: rpc::CreateExecRequest) -> Result<()> {
         self.call("create the process", |c, ctx| async move {
             c.create_exec(ctx, &request).await
         })
@@ -190,8 +191,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Starts a created process; returns the guest's pid.
-    pub async fn start_process(&self, process: &ProcessId) -> Result<u32> {
+    async fn start_process(&self, process: &ProcessId) -> Result<u32> {
         let process = process.to_rpc();
         self.call("start the process", |c, ctx| async move {
             c.start_process(ctx, &process).await
@@ -200,8 +200,7 @@ impl AgentClient {
         .map(|reply| reply.pid)
     }
 
-    /// Sends a signal to a process, or to every process of its container.
-    pub async fn signal(&self, process: &ProcessId, signal: u32, all: bool) -> Result<()> {
+    async fn signal(&self, process: &ProcessId, signal: u32, all: bool) -> Result<()> {
         let request = rpc::SignalProcessRequest {
             process: MessageField::some(process.to_rpc()),
             signal,
@@ -215,8 +214,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Sets the size of a process's terminal.
-    pub async fn resize_pty(&self, process: &ProcessId, width: u32, height: u32) -> Result<()> {
+    async fn resize_pty(&self, process: &ProcessId, width: u32, height: u32) -> Result<()> {
         let request = rpc::ResizePtyRequest {
             process: MessageField::some(process.to_rpc()),
             width,
@@ -230,8 +228,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Ends a process's stdin after what was sent before.
-    pub async fn close_stdin(&self, process: &ProcessId) -> Result<()> {
+    async fn close_stdin(&self, process: &ProcessId) -> Result<()> {
         let process = process.to_rpc();
         self.call("close stdin", |c, ctx| async move {
             c.close_stdin(ctx, &process).await
@@ -240,8 +237,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Forgets an exited process; with the init process, its container.
-    pub async fn delete_process(&self, process: &ProcessId) -> Result<()> {
+    async fn delete_process(&self, process: &ProcessId) -> Result<()> {
         let process = process.to_rpc();
         self.call("delete the process", |c, ctx| async move {
             c.delete_process(ctx, &process).await
@@ -250,8 +246,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Guest pids of everything in a container.
-    pub async fn list_pids(&self, container_id: &str) -> Result<Vec<u32>> {
+    async fn list_pids(&self, container_id: &str) -> Result<Vec<u32>> {
         let container = container_ref(container_id);
         self.call("list pids", |c, ctx| async move {
             c.list_pids(ctx, &container).await
@@ -260,8 +255,7 @@ impl AgentClient {
         .map(|reply| reply.pids)
     }
 
-    /// cgroup figures of a container.
-    pub async fn stats(&self, container_id: &str) -> Result<rpc::StatsResponse> {
+    async fn stats(&self, container_id: &str) -> Result<rpc::StatsResponse> {
         let container = container_ref(container_id);
         self.call("read statistics", |c, ctx| async move {
             c.stats(ctx, &container).await
@@ -269,8 +263,7 @@ impl AgentClient {
         .await
     }
 
-    /// Freezes a container.
-    pub async fn pause_container(&self, container_id: &str) -> Result<()> {
+    async fn pause_container(&self, container_id: &str) -> Result<()> {
         let container = container_ref(container_id);
         self.call("pause the container", |c, ctx| async move {
             c.pause_container(ctx, &container).await
@@ -279,8 +272,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Thaws a container.
-    pub async fn resume_container(&self, container_id: &str) -> Result<()> {
+    async fn resume_container(&self, container_id: &str) -> Result<()> {
         let container = container_ref(container_id);
         self.call("resume the container", |c, ctx| async move {
             c.resume_container(ctx, &container).await
@@ -289,8 +281,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// New limits for a container, OCI `LinuxResources` as JSON.
-    pub async fn update_container(&self, container_id: &str, resources: Vec<u8>) -> Result<()> {
+    async fn update_container(&self, container_id: &str, resources: Vec<u8>) -> Result<()> {
         let request = rpc::UpdateContainerRequest {
             container_id: container_id.to_owned(),
             resources_json: resources,
@@ -303,8 +294,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Flushes the guest's file systems and resets it.
-    pub async fn shutdown(&self) -> Result<()> {
+    async fn shutdown(&self) -> Result<()> {
         self.call("shut the guest down", |c, ctx| async move {
             c.shutdown(ctx, &rpc::Empty::new()).await
         })
@@ -312,11 +302,7 @@ impl AgentClient {
         .map(drop)
     }
 
-    /// Opens one byte stream of a process.
-    ///
-    /// # Errors
-    /// The guest refuses or does not answer in time.
-    pub async fn open_stream(
+    async fn open_stream(
         &self,
         vm: &dyn Vm,
         process: &ProcessId,

@@ -7,11 +7,15 @@ pub mod vmm;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use vmm_core::vm::{Vm, VmError};
+
+use crate::agent::{AgentClient, AgentError, Connected, Limits};
 
 /// The machine that a pod needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +30,12 @@ pub struct MachineRequest {
     pub share: PathBuf,
     /// Folder for sockets and logs of the machine; removed with the pod.
     pub dir: PathBuf,
+    /// The network namespace that CNI prepared for the pod.
+    pub netns: Option<PathBuf>,
 }
+
+/// Waits for [`SandboxBackend::agent`]'s answer.
+pub type Connecting = Pin<Box<dyn Future<Output = Result<Connected, AgentError>> + Send>>;
 
 /// Makes machines of one kind.
 #[async_trait]
@@ -49,6 +58,22 @@ pub trait SandboxBackend: Send + Sync + fmt::Debug {
 
     /// Builds a machine that does not run yet. Dropping it ends it.
     async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError>;
+
+    /// What runs containers in `vm`, the machine of `pod`: an agent that dials once `vm` runs.
+    ///
+    /// # Errors
+    /// Nobody can dial out of `vm`.
+    fn agent(&self, pod: &str, vm: &dyn Vm, limits: Limits) -> Result<Connecting, VmError> {
+        let _ = pod;
+        let listener = vm.listen(agent_api::CONTROL_PORT)?;
+        Ok(Box::pin(AgentClient::connect(listener, limits)))
+    }
+
+    /// Whether a pod's sockets are opened in its network namespace, where they need no cards
+    /// of a machine.
+    fn enters_namespace(&self) -> bool {
+        false
+    }
 
     /// Names everything that a machine written to disk depends on besides itself.
     fn identity(&self) -> String {

@@ -14,7 +14,7 @@ use super::container::Container;
 use super::process::{Exit, KILLED, Process};
 use super::snapshot::SavedContainer;
 use super::{Machine, Phase, Pod, PodError, PodNetwork, Result, lock, nanoseconds, phase};
-use crate::agent::{AgentClient, AgentEvent, Limits};
+use crate::agent::{AgentEvent, Limits};
 use crate::backend::MachineRequest;
 use crate::causes::with_causes;
 use crate::events::TaskEventKind;
@@ -115,10 +115,11 @@ impl Pod {
     ) -> Result<mpsc::Receiver<AgentEvent>> {
         self.connect_network(vm.as_ref()).await?;
         let up = async {
-            let listener = vm.listen(agent_api::CONTROL_PORT);
-            let listener = listener.map_err(|e| self.vm_error(e))?;
+            let backend = &self.environment.backend;
+            let agent = backend.agent(self.id(), vm.as_ref(), self.limits());
+            let agent = agent.map_err(|e| self.vm_error(e))?;
             vm.start().await.map_err(|e| self.vm_error(e))?;
-            let connected = AgentClient::connect(listener, self.limits()).await?;
+            let connected = agent.await?;
             vm.mark_phase(phase::AGENT_READY);
             connected.client.setup_sandbox(self.setup()).await?;
             vm.mark_phase(phase::SANDBOX_SET_UP);
@@ -169,6 +170,7 @@ impl Pod {
             memory_bytes: size.memory_bytes,
             share,
             dir: self.dir.clone(),
+            netns: self.request.netns.clone(),
         })
     }
 
@@ -177,6 +179,9 @@ impl Pod {
         let Some(path) = self.request.netns.clone() else {
             return Ok(());
         };
+        if self.environment.backend.enters_namespace() {
+            return Ok(());
+        }
         if vm.net_slots() == 0 {
             warn!("the machine has no network slots: the pod has loopback only");
             return Ok(());

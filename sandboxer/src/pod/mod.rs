@@ -50,7 +50,7 @@ use self::oci::PodFile;
 use self::record::Record;
 use self::storage::Share;
 use self::tasks::TaskList;
-use crate::agent::AgentClient;
+use crate::agent::Agent;
 use crate::backend::SandboxBackend;
 use crate::config::{self, Timeouts};
 use crate::events::{EventSink, TaskEvent, TaskEventKind};
@@ -116,7 +116,7 @@ mod phase {
 #[derive(Debug)]
 struct Machine {
     vm: Arc<dyn Vm>,
-    agent: AgentClient,
+    agent: Arc<dyn Agent>,
     ready: rpc::Ready,
 }
 
