@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -89,6 +89,40 @@ pub struct VmStats {
     pub resident_bytes: Option<u64>,
 }
 
+/// A file or block device of the host to be plugged in as a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether the guest cannot write to it.
+    pub read_only: bool,
+    /// Bypass the host's page cache (O_DIRECT).
+    pub direct: bool,
+    /// What the guest reads as serial number: at most 20 printable ASCII characters, unique
+    /// in the VM.
+    pub serial: String,
+}
+
+/// Where the guest finds a disk that was plugged in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskPlace {
+    /// Behind the VM's virtio-mmio device of this number, counted from 0 in the order of
+    /// their addresses. Its driver finds the disk when it is bound to the device, and has to
+    /// be unbound before [`Vm::detach_disk`].
+    MmioDevice(u32),
+    /// It comes and goes by itself and is known by [`Disk::serial`].
+    Serial,
+}
+
+/// What a VM has, or can have, of what can change while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmSize {
+    /// CPUs that the guest may bring online.
+    pub vcpus: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+}
+
 /// Failure of an operation on a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
@@ -121,6 +155,26 @@ pub enum VmError {
         slot: usize,
         /// How many there are.
         slots: usize,
+    },
+    /// The machine was built with fewer disk slots.
+    #[error("there is no disk slot {slot}: the machine has {slots}")]
+    NoDiskSlot {
+        /// The slot asked for, from 0.
+        slot: usize,
+        /// How many there are.
+        slots: usize,
+    },
+    /// The machine cannot get that large.
+    #[error("{what} = {value}: this machine can have {least} to {most}")]
+    Size {
+        /// `vcpus` or `memory_bytes`.
+        what: &'static str,
+        /// What was asked for.
+        value: u64,
+        /// Least possible.
+        least: u64,
+        /// Most possible.
+        most: u64,
     },
     /// A system call or a lower layer failed.
     #[error("{what}")]
@@ -187,6 +241,47 @@ pub trait Vm: Send + Sync + fmt::Debug {
         let _ = (slot, deadline);
         Err(VmError::Unsupported {
             what: "unplug a network card",
+            backend: self.backend(),
+        })
+    }
+
+    /// How many disks can be plugged in.
+    fn disk_slots(&self) -> usize {
+        0
+    }
+
+    /// Plugs a disk into slot `slot`. It is there when this returns, for a guest that looks
+    /// where the answer says.
+    async fn attach_disk(&self, slot: usize, disk: Disk) -> Result<DiskPlace, VmError> {
+        let _ = (slot, disk);
+        Err(VmError::Unsupported {
+            what: "plug in a disk",
+            backend: self.backend(),
+        })
+    }
+
+    /// Unplugs the disk of slot `slot`. What the guest has been told is written has reached
+    /// the host's file, which is closed when this returns.
+    async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        let _ = (slot, deadline);
+        Err(VmError::Unsupported {
+            what: "unplug a disk",
+            backend: self.backend(),
+        })
+    }
+
+    /// The size now and the largest possible; `None` where the size cannot change.
+    fn resizable(&self) -> Option<(VmSize, VmSize)> {
+        None
+    }
+
+    /// Changes the VM's size; returns what it has then. Memory above the size at boot comes
+    /// and goes as far as the guest's kernel can give it up, at the latest by `deadline`; CPUs
+    /// that the guest may use are its agent's to bring online.
+    async fn resize(&self, size: VmSize, deadline: Duration) -> Result<VmSize, VmError> {
+        let _ = (size, deadline);
+        Err(VmError::Unsupported {
+            what: "change its size",
             backend: self.backend(),
         })
     }
