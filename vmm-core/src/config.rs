@@ -12,6 +12,8 @@ use crate::host::Host;
 pub const MIN_MEMORY_BYTES: u64 = 64 << 20;
 /// Most vCPUs of one machine.
 pub const MAX_VCPUS: u32 = 32;
+/// Most disk slots of one machine.
+pub const MAX_DISK_SLOTS: usize = 16;
 /// Most bytes of console output kept in a machine's log file unless configured.
 pub const DEFAULT_CONSOLE_CAP_BYTES: u64 = 1 << 20;
 
@@ -184,6 +186,13 @@ pub(crate) fn validate_devices(devices: &DeviceSet) -> Result<(), ConfigError> {
             most,
         });
     }
+    let slots = devices.disk_slots();
+    if slots > MAX_DISK_SLOTS || slots > 0 && devices.len() == most {
+        return Err(ConfigError::TooManyDiskSlots {
+            value: slots,
+            devices: devices.len(),
+        });
+    }
     Ok(())
 }
 
@@ -332,6 +341,17 @@ pub enum ConfigError {
         value: usize,
         /// Largest possible.
         most: usize,
+    },
+    /// More disk slots than there is room for.
+    #[error(
+        "devices: {value} disk slots beside {devices} other devices; use at most \
+         {MAX_DISK_SLOTS}, and fewer than 17 other devices"
+    )]
+    TooManyDiskSlots {
+        /// As configured.
+        value: usize,
+        /// The other devices.
+        devices: usize,
     },
     /// Control characters cannot be passed on a command line.
     #[error("cmdline contains the control character {value:?}; remove it")]

@@ -6,6 +6,8 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::net::{ConfigError, Net, NetConfig, NetHandle};
 use devices::virtio::vsock::{Vsock, VsockConfig, VsockHandle};
 
+use crate::vm::Disk;
+
 /// A device and what to call it in errors and logs.
 #[derive(Debug)]
 pub struct NamedDevice {
@@ -22,6 +24,7 @@ pub struct DeviceSet {
     pub(crate) devices: Vec<NamedDevice>,
     pub(crate) vsock: Option<VsockHandle>,
     pub(crate) nets: Vec<NetHandle>,
+    pub(crate) disks: Vec<Option<Disk>>,
 }
 
 impl DeviceSet {
@@ -74,7 +77,32 @@ impl DeviceSet {
         Ok(self.with_device(name, Box::new(net)))
     }
 
-    /// How many.
+    /// Adds `count` disk slots, which [`crate::vm::Vm::attach_disk`] plugs disks into. They
+    /// come behind all devices.
+    #[must_use]
+    pub fn with_disk_slots(mut self, count: usize) -> Self {
+        let slots = self.disks.len().saturating_add(count);
+        self.disks.resize(slots, None);
+        self
+    }
+
+    /// Plugs a disk into slot `slot` from the beginning: what a machine that is restored needs
+    /// for each disk that the saved one had. A slot that there is not is ignored.
+    #[must_use]
+    pub fn with_disk(mut self, slot: usize, disk: Disk) -> Self {
+        if let Some(place) = self.disks.get_mut(slot) {
+            *place = Some(disk);
+        }
+        self
+    }
+
+    /// How many disk slots.
+    #[must_use]
+    pub fn disk_slots(&self) -> usize {
+        self.disks.len()
+    }
+
+    /// How many, without the disk slots.
     #[must_use]
     pub fn len(&self) -> usize {
         self.devices.len()

@@ -41,6 +41,6 @@ pub use arch::BootError;
 pub use config::MachineConfig;
 pub use device_set::{DeviceSet, NamedDevice};
 pub use host::Host;
-pub use machine::{BuildError, CloneConfig, Machine, VmShell};
+pub use machine::{BuildError, CloneConfig, DiskError, Machine, VmShell};
 pub use snapshot::{Snapshot, SnapshotError};
 pub use vcpu::VcpuState;

@@ -34,7 +34,12 @@ impl Machine {
                 Discovery::Acpi => true,
                 Discovery::CommandLine => false,
             },
-            devices: frame.attached.iter().map(|device| device.place).collect(),
+            devices: frame
+                .attached
+                .iter()
+                .map(|device| device.place)
+                .chain(frame.disks.places())
+                .collect(),
         };
         let cmdline = cmdline::build(host, platform.acpi, &platform.devices, &config.cmdline)?;
         let kernel = arch::Kernel {

@@ -52,6 +52,18 @@ pub enum BuildError {
         #[source]
         source: io::Error,
     },
+    /// A disk.
+    #[error("cannot plug in the disk of slot {slot}")]
+    Disk {
+        /// From 0.
+        slot: usize,
+        /// Why.
+        #[source]
+        source: super::DiskError,
+    },
+    /// The disks' saved states.
+    #[error(transparent)]
+    Disks(#[from] super::DiskError),
     /// A device's saved state.
     #[error("cannot restore the device {name}")]
     Restore {

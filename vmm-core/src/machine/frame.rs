@@ -9,6 +9,7 @@ use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
 
+use super::disks::Disks;
 use super::live::Live;
 use super::wiring::{self, Attached, Legacy};
 use super::{BuildError, Machine, Phases, VmShell};
@@ -35,6 +36,7 @@ pub(super) struct Frame {
     pub(super) ram: GuestRam,
     pub(super) legacy: Legacy,
     pub(super) attached: Vec<Attached>,
+    pub(super) disks: Disks,
 }
 
 impl Frame {
@@ -73,8 +75,28 @@ impl Frame {
             devices,
             vsock,
             nets,
+            disks: slots,
         } = devices;
         let attached = attach(devices, &shell, &ram, &event_loop, &mut buses)?;
+        let disks = Disks::new(
+            Arc::clone(&shell.vm),
+            Arc::clone(ram.guest_memory()),
+            event_loop.runner(),
+            attached.len(),
+            slots.len(),
+            &mut buses.mmio,
+        )
+        .map_err(|source| BuildError::Device {
+            name: "disk slots".to_owned(),
+            source,
+        })?;
+        for (slot, disk) in slots.iter().enumerate() {
+            if let Some(disk) = disk {
+                disks
+                    .plug(slot, disk)
+                    .map_err(|source| BuildError::Disk { slot, source })?;
+            }
+        }
         phases.mark_first(Phases::DEVICES_ATTACHED);
         Ok(Self {
             exit,
@@ -89,6 +111,7 @@ impl Frame {
             ram,
             legacy,
             attached,
+            disks,
         })
     }
 
@@ -126,6 +149,7 @@ impl Frame {
             vcpus: group,
             members: members.clone(),
             devices: self.attached,
+            disks: self.disks,
             legacy: self.legacy,
             event_loop: Mutex::new(self.event_loop),
             vm,

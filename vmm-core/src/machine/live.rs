@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
 
+use super::disks::Disks;
 use super::wiring::{Attached, Legacy};
 use crate::kvm_vm::KvmVm;
 use crate::vcpu::{Vcpu, VcpuGroup};
@@ -19,6 +20,7 @@ pub(super) struct Live {
     /// Locked by their threads while they run.
     pub(super) members: Vec<Arc<Mutex<Vcpu>>>,
     pub(super) devices: Vec<Attached>,
+    pub(super) disks: Disks,
     pub(super) legacy: Legacy,
     pub(super) event_loop: Mutex<EventLoop>,
     pub(super) vm: Arc<KvmVm>,
@@ -46,6 +48,7 @@ impl Live {
         for device in &self.devices {
             device.transport.reset();
         }
+        self.disks.reset();
         self.event_loop
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

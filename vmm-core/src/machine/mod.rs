@@ -6,6 +6,7 @@
 
 mod boot;
 mod cmdline;
+mod disks;
 mod error;
 mod frame;
 mod live;
@@ -23,6 +24,7 @@ use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
 
+pub use self::disks::DiskError;
 pub use self::error::BuildError;
 use self::live::Live;
 pub(crate) use self::phases::Phases;

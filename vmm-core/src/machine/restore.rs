@@ -49,6 +49,13 @@ impl Machine {
                 saved: state.devices.len(),
             });
         }
+        if config.devices.disk_slots() != state.disks.len() {
+            return Err(BuildError::Mismatch {
+                what: "disk slots",
+                found: config.devices.disk_slots(),
+                saved: state.disks.len(),
+            });
+        }
         let shell = match shell {
             Some(shell) => shell,
             None => VmShell::create(host, snapshot.vcpus())?,
@@ -96,6 +103,7 @@ impl Machine {
                 .restore(saved)
                 .map_err(|source| BuildError::Restore { name, source })?;
         }
+        frame.disks.restore(&state.disks)?;
         frame.ram.in_use().map_err(no_memory)?;
         phases.mark_first(Phases::STATE_RESTORED);
         frame.finish(host, state.cmdline.clone(), VcpuState::Paused)

@@ -89,6 +89,7 @@ impl Saver {
             let saved = device.transport.save().map_err(SnapshotError::Device)?;
             devices.push(saved);
         }
+        let disks = live.disks.save().map_err(SnapshotError::Device)?;
         let kvm = |(what, source): arch::Refused| SnapshotError::Kvm {
             what,
             source: source.into(),
@@ -107,6 +108,7 @@ impl Saver {
             chips: arch::ChipsState::save(live.vm.fd()).map_err(kvm)?,
             legacy: live.legacy.save(),
             devices,
+            disks,
         })
     }
 }

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::Machine;
 use super::live::PAUSE_LIMIT;
-use crate::vm::{ExitReason, GuestListener, GuestStream, Vm, VmError, VmStats};
+use crate::vm::{Disk, DiskPlace, ExitReason, GuestListener, GuestStream, Vm, VmError, VmStats};
 
 impl Machine {
     fn ensure_running(&self) -> Result<Arc<super::Live>, VmError> {
@@ -29,6 +29,15 @@ impl Machine {
             slot,
             slots: self.nets.len(),
         })
+    }
+
+    fn with_disk_slot(&self, slot: usize) -> Result<Arc<super::Live>, VmError> {
+        let live = self.ensure_running()?;
+        let slots = live.disks.len();
+        if slot >= slots {
+            return Err(VmError::NoDiskSlot { slot, slots });
+        }
+        Ok(live)
     }
 }
 
@@ -179,10 +188,24 @@ impl Vm for Machine {
     async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
         let net = self.net(slot)?;
         // Waits for the event loop.
-        tokio::task::spawn_blocking(move || net.detach(deadline))
-            .await
-            .map_err(|err| VmError::Backend(Box::new(err)))?
-            .map_err(|err| VmError::Backend(Box::new(err)))
+        blocking(move || net.detach(deadline)).await
+    }
+
+    fn disk_slots(&self) -> usize {
+        self.live().map_or(0, |live| live.disks.len())
+    }
+
+    async fn attach_disk(&self, slot: usize, disk: Disk) -> Result<DiskPlace, VmError> {
+        let live = self.with_disk_slot(slot)?;
+        // Opens files.
+        let number = blocking(move || live.disks.plug(slot, &disk)).await?;
+        Ok(DiskPlace::MmioDevice(number))
+    }
+
+    async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        let live = self.with_disk_slot(slot)?;
+        // Waits for requests in flight.
+        blocking(move || live.disks.unplug(slot, deadline)).await
     }
 
     fn mark_phase(&self, phase: &'static str) {
@@ -217,10 +240,7 @@ impl Vm for Machine {
         let saver = self.saver(live);
         let (dir, label) = (dir.to_owned(), label.to_owned());
         let base = base.map(Path::to_owned);
-        tokio::task::spawn_blocking(move || saver.store(&dir, &label, base.as_deref()))
-            .await
-            .map_err(|err| VmError::Backend(Box::new(err)))?
-            .map_err(|err| VmError::Backend(Box::new(err)))
+        blocking(move || saver.store(&dir, &label, base.as_deref())).await
     }
 
     async fn resume(&self) -> Result<(), VmError> {
@@ -230,9 +250,21 @@ impl Vm for Machine {
             let resumed = device.transport.resume();
             resumed.map_err(|err| VmError::Backend(Box::new(err)))?;
         }
+        let resumed = live.disks.resume();
+        resumed.map_err(|err| VmError::Backend(Box::new(err)))?;
         live.vcpus.run();
         Ok(())
     }
+}
+
+/// Runs what may block off the async threads.
+async fn blocking<T: Send + 'static, E: std::error::Error + Send + Sync + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, VmError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|err| VmError::Backend(Box::new(err)))?
+        .map_err(|err| VmError::Backend(Box::new(err)))
 }
 
 struct Listener {

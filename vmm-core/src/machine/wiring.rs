@@ -38,7 +38,7 @@ impl PowerControl for PowerSwitch {
 }
 
 /// An eventfd that raises interrupt line `irq`, an edge for each write.
-fn irq_line(vm: &KvmVm, irq: u32) -> io::Result<EventFd> {
+pub(super) fn irq_line(vm: &KvmVm, irq: u32) -> io::Result<EventFd> {
     let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     vm.fd().register_irqfd(&event, irq)?;
     Ok(event)
@@ -132,7 +132,7 @@ pub(super) fn virtio(
         Arc::new(line),
     )?;
     let start = u64::from(place.address);
-    let notify = IoEventAddress::Mmio(start.saturating_add(MmioTransport::QUEUE_NOTIFY));
+    let notify = IoEventAddress::Mmio(notify_address(place));
     for (queue, event) in (0_u32..).zip(transport.queue_notifies()) {
         vm.fd().register_ioevent(event, &notify, queue)?;
     }
@@ -143,15 +143,35 @@ pub(super) fn virtio(
     Ok(Attached { transport, place })
 }
 
+/// Where the driver of the device at `place` writes what notifies it.
+pub(super) fn notify_address(place: MmioDevice) -> u64 {
+    u64::from(place.address).saturating_add(MmioTransport::QUEUE_NOTIFY)
+}
+
 fn slot(index: usize) -> io::Result<MmioDevice> {
-    let no_slot = || io::Error::other("no interrupt line is left");
-    let irq = *layout::DEVICE_IRQS.get(index).ok_or_else(no_slot)?;
+    place(index, index)
+}
+
+/// The place of disk slot `index` behind `fixed` other devices. Slots share the interrupt
+/// lines that those leave: each edge makes the guest ask every driver on the line.
+pub(super) fn disk_slot(fixed: usize, index: usize) -> io::Result<MmioDevice> {
+    let lines = layout::DEVICE_IRQS.len().saturating_sub(fixed);
+    let line = index.checked_rem(lines).ok_or_else(no_line)?;
+    place(fixed.saturating_add(index), fixed.saturating_add(line))
+}
+
+fn no_line() -> io::Error {
+    io::Error::other("no interrupt line is left")
+}
+
+fn place(index: usize, line: usize) -> io::Result<MmioDevice> {
+    let irq = *layout::DEVICE_IRQS.get(line).ok_or_else(no_line)?;
     let bytes = u32::try_from(MmioTransport::BYTES).map_err(io::Error::other)?;
     let address = u32::try_from(index)
         .ok()
         .and_then(|index| index.checked_mul(bytes))
         .and_then(|offset| offset.checked_add(layout::MMIO_DEVICES))
-        .ok_or_else(no_slot)?;
+        .ok_or_else(no_line)?;
     Ok(MmioDevice {
         address,
         bytes,

@@ -26,7 +26,7 @@ pub(crate) use self::base::Base;
 pub(crate) use self::bounded::at_most;
 pub use self::error::SnapshotError;
 use crate::arch;
-use crate::config::MAX_VCPUS;
+use crate::config::{MAX_DISK_SLOTS, MAX_VCPUS};
 use crate::machine::LegacyState;
 use crate::memory::{self, ChunkList, MemoryDigest, MemoryImage};
 
@@ -44,6 +44,9 @@ pub(crate) struct MachineState {
     pub(crate) chips: arch::ChipsState,
     pub(crate) legacy: LegacyState,
     pub(crate) devices: Vec<MmioState>,
+    /// Slot by slot.
+    #[serde(deserialize_with = "at_most::<{ MAX_DISK_SLOTS }, _, _>")]
+    pub(crate) disks: Vec<Option<MmioState>>,
 }
 
 /// What the file `state` holds; the machine's state is owned when it was read.

@@ -8,6 +8,7 @@ mod interrupt;
 mod queue;
 mod registers;
 mod runner;
+mod slot;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use self::interrupt::MmioInterrupt;
 use self::queue::{Position, QueueError, QueueRegisters, set_high, set_low};
 use self::registers::{self as reg, status};
 use self::runner::Posting;
+pub use self::slot::MmioSlot;
 pub use self::state::MmioState;
 use crate::bus::BusDevice;
 use crate::virtio::{

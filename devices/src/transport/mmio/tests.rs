@@ -86,6 +86,38 @@ impl Fixture {
 }
 
 #[test]
+fn a_slot_is_a_placeholder_until_a_device_is_plugged_in() {
+    let slot = MmioSlot::new();
+    let read = |offset| {
+        let mut data = [0xff; 4];
+        slot.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let identity = || {
+        let registers = [reg::MAGIC_VALUE, reg::VERSION, reg::DEVICE_ID, reg::STATUS];
+        registers.map(read)
+    };
+    let empty = [reg::MAGIC, 2, 0, 0];
+    assert_eq!(identity(), empty);
+    slot.write(reg::STATUS, &1_u32.to_le_bytes());
+    assert_eq!(identity(), empty);
+    let Fixture {
+        transport,
+        wire: _wire,
+        guest: _guest,
+        _runner,
+    } = Fixture::new();
+    assert!(slot.plug(Arc::new(transport)).is_none());
+    slot.write(reg::STATUS, &1_u32.to_le_bytes());
+    assert_eq!(identity(), [reg::MAGIC, 2, 4, 1]);
+    let transport = slot.unplug().unwrap();
+    assert_eq!(identity(), empty);
+    transport.reset();
+    assert!(slot.plug(transport).is_none());
+    assert_eq!(identity(), [reg::MAGIC, 2, 4, 0]);
+}
+
+#[test]
 fn identifies_itself() {
     let fixture = Fixture::new();
     assert_eq!(fixture.read(reg::MAGIC_VALUE), 0x7472_6976);

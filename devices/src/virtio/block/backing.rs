@@ -167,6 +167,12 @@ impl Backing {
         self.alignment
     }
 
+    /// The smallest logical block size of a device that can have this backing.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.alignment.max(512).next_power_of_two()
+    }
+
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

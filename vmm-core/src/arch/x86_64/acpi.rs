@@ -108,7 +108,9 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
     let mut body = Vec::new();
     serial_port(&mut body);
     for (index, device) in platform.devices.iter().enumerate() {
-        virtio_device(index, device, &mut body);
+        let on_line = |other: &&MmioDevice| other.irq == device.irq;
+        let shared = platform.devices.iter().filter(on_line).count() > 1;
+        virtio_device(index, device, shared, &mut body);
     }
     let mut off = PackageBuilder::new();
     off.add_element(&AcpiPower::SLEEP_TYPE_OFF);
@@ -144,7 +146,7 @@ fn serial_port(body: &mut Vec<u8>) {
 }
 
 /// `LNRO0005` is what Linux knows virtio-mmio devices by.
-fn virtio_device(index: usize, device: &MmioDevice, body: &mut Vec<u8>) {
+fn virtio_device(index: usize, device: &MmioDevice, shared: bool, body: &mut Vec<u8>) {
     Scope::new(
         Path::new("_SB_"),
         vec![&Device::new(
@@ -157,7 +159,7 @@ fn virtio_device(index: usize, device: &MmioDevice, body: &mut Vec<u8>) {
                     Path::new("_CRS"),
                     &ResourceTemplate::new(vec![
                         &Memory32Fixed::new(true, device.address, device.bytes),
-                        &Interrupt::new(true, true, false, false, device.irq),
+                        &Interrupt::new(true, true, false, shared, device.irq),
                     ]),
                 ),
             ],

@@ -1,6 +1,7 @@
 //! Machines on the real KVM, with guests of a few instructions.
 
 mod config;
+mod disks;
 mod ends;
 mod guest;
 mod life;
