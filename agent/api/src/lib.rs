@@ -29,7 +29,7 @@ pub mod rpc {
 
 /// Version of the contract. A host refuses an agent of another version, and the reverse:
 /// both are built from one tree, so a difference means a stale guest image.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Host port (CID 2) that the agent dials when it is ready to serve.
 pub const CONTROL_PORT: u32 = 1024;
@@ -39,6 +39,9 @@ pub const STREAM_PORT: u32 = 1025;
 
 /// Where the guest mounts the pod's virtio-fs share.
 pub const SHARE_DIR: &str = "/run/kuasar/state";
+
+/// Where the guest keeps what belongs to one container, a folder each, on tmpfs.
+pub const CONTAINERS_DIR: &str = "/run/kuasar/containers";
 
 /// virtio-fs tag of the pod's share.
 pub const SHARE_TAG: &str = "kuasar";

@@ -16,6 +16,8 @@ mod clock;
 mod config;
 mod container;
 mod control;
+mod cpus;
+mod disks;
 mod error;
 mod events;
 mod fd;

@@ -39,6 +39,13 @@ pub fn mount(wanted: &Mount) -> Result<(), AgentError> {
         result = attempt();
     }
     result.map_err(|e| {
+        if e == Errno::ENODEV {
+            let why = format!(
+                "{:?} is no file system of the guest's kernel",
+                wanted.fstype
+            );
+            return AgentError::invalid("mounts.fstype", why);
+        }
         let what = format!("mounting {source} ({}) on {}", wanted.fstype, wanted.target);
         AgentError::io(what)(e.into())
     })?;
@@ -67,12 +74,15 @@ fn make_target(target: &Path, source: &Path, flags: MsFlags) -> io::Result<()> {
     fs::create_dir_all(target)
 }
 
-/// Takes a mount away, also when it is in use.
-pub fn unmount(target: &Path) {
+/// Takes a mount away, also when it is in use; false when it stays.
+pub fn unmount(target: &Path) -> bool {
     match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         // Not a mount any more: what we want.
-        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-        Err(e) => warn!("{} stays mounted: {e}", target.display()),
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => true,
+        Err(e) => {
+            warn!("{} stays mounted: {e}", target.display());
+            false
+        }
     }
 }
 

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use agent_api::PROTOCOL_VERSION;
 use agent_api::rpc::{
-    Agent as AgentService, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, Event,
-    EventsRequest, ExitStatus, ListPidsResponse, ProcessRef, ProcessReply, ResizePtyRequest,
-    SetupSandboxRequest, SignalProcessRequest, StatsResponse, UpdateContainerRequest,
+    Agent as AgentService, ContainerRef, CpuCount, CreateContainerRequest, CreateExecRequest, Disk,
+    DiskReply, Empty, Event, EventsRequest, ExitStatus, ListPidsResponse, ProcessRef, ProcessReply,
+    ResizePtyRequest, SetupSandboxRequest, SignalProcessRequest, StatsResponse,
+    UpdateContainerRequest,
 };
 use async_trait::async_trait;
 use futures::FutureExt;
@@ -17,6 +18,8 @@ use tracing::{error, info};
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::agent::Agent;
+use crate::cpus;
+use crate::disks;
 use crate::error::{AgentError, check_id};
 
 /// The service of one agent.
@@ -91,6 +94,28 @@ impl AgentService for Service {
         answer("SetupSandbox", async {
             self.agent.setup_sandbox(&request)?;
             Ok(Empty::default())
+        })
+        .await
+    }
+
+    async fn attach_disk(&self, _: &TtrpcContext, disk: Disk) -> ttrpc::Result<DiskReply> {
+        answer("AttachDisk", disks::attach(&disk)).await
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, disk: Disk) -> ttrpc::Result<Empty> {
+        answer("DetachDisk", async {
+            disks::detach(&disk)?;
+            Ok(Empty::default())
+        })
+        .await
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: CpuCount) -> ttrpc::Result<CpuCount> {
+        answer("SetCpus", async {
+            Ok(CpuCount {
+                count: cpus::set_online(request.count)?,
+                ..Default::default()
+            })
         })
         .await
     }

@@ -11,7 +11,7 @@ use crate::error::AgentError;
 use crate::mounts;
 
 /// The folder below which everything of the containers lives, on tmpfs.
-pub const DIR: &str = "/run/kuasar/containers";
+pub const DIR: &str = agent_api::CONTAINERS_DIR;
 /// The name of the spec inside a bundle, given by the OCI runtime specification.
 const CONFIG: &str = "config.json";
 
@@ -73,7 +73,10 @@ impl Bundle {
 impl Drop for Bundle {
     fn drop(&mut self) {
         for target in self.mounts.iter().rev() {
-            mounts::unmount(target);
+            if !mounts::unmount(target) {
+                // Removing the folder would empty what is mounted there.
+                return;
+            }
         }
         if let Err(e) = fs::remove_dir_all(&self.dir)
             && e.kind() != io::ErrorKind::NotFound
