@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_api::rpc::{
-    CreateContainerRequest, CreateExecRequest, Event, ExitStatus, ProcessRef, Ready,
+    CreateContainerRequest, CreateExecRequest, Event, ExitStatus, Network, ProcessRef, Ready,
     SetupSandboxRequest, SignalProcessRequest, StatsResponse, event,
 };
 use libcontainer::oci_spec::runtime::LinuxResources;
@@ -122,6 +122,18 @@ impl Agent {
                 info!(hostname = request.hostname, "sandbox set up");
                 Ok(())
             }
+        }
+    }
+
+    /// Makes the pod's network another.
+    pub fn update_network(&self, wanted: &Network) -> Result<(), AgentError> {
+        match &mut self.lock().sandbox {
+            Some(sandbox) => sandbox.update_network(wanted),
+            None => Err(AgentError::State {
+                what: "the sandbox".to_owned(),
+                is: "not set up",
+                needs: "set up",
+            }),
         }
     }
 

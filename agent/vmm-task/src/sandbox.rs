@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use agent_api::rpc::SetupSandboxRequest;
+use agent_api::rpc::{self, SetupSandboxRequest};
 use nix::unistd::sethostname;
 use tracing::warn;
 
 use crate::clock;
 use crate::error::AgentError;
 use crate::mounts;
-use crate::network;
+use crate::network::Network;
 use crate::sys;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -19,7 +19,9 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The pod's settings, once applied.
 #[derive(Debug)]
 pub struct Sandbox {
+    /// Without network, time and entropy, which may change.
     request: SetupSandboxRequest,
+    network: Network,
 }
 
 /// Mounts that go away unless the set-up succeeds.
@@ -50,7 +52,8 @@ impl Sandbox {
         for (key, value) in &request.sysctls {
             set_sysctl(key, value)?;
         }
-        network::apply(request)?;
+        let mut network = Network::default();
+        network.apply(request.network.get_or_default())?;
         if !request.resolv_conf.is_empty() {
             fs::create_dir_all("/etc")
                 .and_then(|()| fs::write(RESOLV_CONF, &request.resolv_conf))
@@ -67,31 +70,45 @@ impl Sandbox {
             ));
         }
         mounted.0.clear();
-        let mut request = request.clone();
-        request.entropy.clear();
-        Ok(Self { request })
+        Ok(Self {
+            request: lasting(request),
+            network,
+        })
     }
 
-    /// Answers a repeated request: the same settings are fine, others are not. Time and
-    /// entropy may differ, and take effect.
-    pub fn repeat(&self, request: &SetupSandboxRequest) -> Result<(), AgentError> {
-        let mut same = request.clone();
-        same.entropy.clear();
-        same.time_ns = self.request.time_ns;
-        if same != self.request {
+    /// Answers a repeated request: the same settings are fine, others are not. Time,
+    /// entropy and network may differ, and take effect.
+    pub fn repeat(&mut self, request: &SetupSandboxRequest) -> Result<(), AgentError> {
+        if lasting(request) != self.request {
             return Err(AgentError::State {
                 what: "the sandbox".to_owned(),
                 is: "set up with other settings",
                 needs: "new",
             });
         }
-        refresh(request)
+        refresh(request)?;
+        self.update_network(request.network.get_or_default())
+    }
+
+    /// Makes the pod's network what `wanted` says.
+    pub fn update_network(&mut self, wanted: &rpc::Network) -> Result<(), AgentError> {
+        self.network.apply(wanted)
     }
 
     /// Variables for every process of the pod.
     pub fn environment(&self) -> BTreeMap<String, String> {
         let vars = self.request.environment.iter();
         vars.map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+}
+
+/// What of a request cannot change afterwards.
+fn lasting(request: &SetupSandboxRequest) -> SetupSandboxRequest {
+    SetupSandboxRequest {
+        time_ns: 0,
+        entropy: Vec::new(),
+        network: None.into(),
+        ..request.clone()
     }
 }
 
@@ -183,7 +200,7 @@ mod tests {
             environment: [("A".to_owned(), "1".to_owned())].into(),
             ..Default::default()
         };
-        let sandbox = Sandbox::setup(&request).unwrap();
+        let mut sandbox = Sandbox::setup(&request).unwrap();
         sandbox.repeat(&request).unwrap();
         let mut other = request;
         other.hostname = "elsewhere".into();

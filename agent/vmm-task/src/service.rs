@@ -7,8 +7,8 @@ use std::sync::Arc;
 use agent_api::PROTOCOL_VERSION;
 use agent_api::rpc::{
     Agent as AgentService, ContainerRef, CpuCount, CreateContainerRequest, CreateExecRequest, Disk,
-    DiskReply, Empty, Event, EventsRequest, ExitStatus, ListPidsResponse, ProcessRef, ProcessReply,
-    ResizePtyRequest, SetupSandboxRequest, SignalProcessRequest, StatsResponse,
+    DiskReply, Empty, Event, EventsRequest, ExitStatus, ListPidsResponse, Network, ProcessRef,
+    ProcessReply, ResizePtyRequest, SetupSandboxRequest, SignalProcessRequest, StatsResponse,
     UpdateContainerRequest,
 };
 use async_trait::async_trait;
@@ -93,6 +93,14 @@ impl AgentService for Service {
     ) -> ttrpc::Result<Empty> {
         answer("SetupSandbox", async {
             self.agent.setup_sandbox(&request)?;
+            Ok(Empty::default())
+        })
+        .await
+    }
+
+    async fn update_network(&self, _: &TtrpcContext, network: Network) -> ttrpc::Result<Empty> {
+        answer("UpdateNetwork", async {
+            self.agent.update_network(&network)?;
             Ok(Empty::default())
         })
         .await

@@ -17,6 +17,12 @@ pub trait Agent: Send + Sync + std::fmt::Debug {
     /// See [`AgentError`]; so for every call below.
     async fn setup_sandbox(&self, request: rpc::SetupSandboxRequest) -> Result<()>;
 
+    /// Makes the pod's network another; nothing to do where it is the namespace's itself.
+    async fn update_network(&self, network: rpc::Network) -> Result<()> {
+        let _ = network;
+        Ok(())
+    }
+
     /// Creates a container with its init process; returns the guest's pid.
     async fn create_container(&self, request: rpc::CreateContainerRequest) -> Result<u32>;
 

@@ -175,6 +175,14 @@ impl Agent for AgentClient {
         .map(drop)
     }
 
+    async fn update_network(&self, network: rpc::Network) -> Result<()> {
+        self.call("update the network", |c, ctx| async move {
+            c.update_network(ctx, &network).await
+        })
+        .await
+        .map(drop)
+    }
+
     async fn create_container(&self, request: rpc::CreateContainerRequest) -> Result<u32> {
         self.call("create the container", |c, ctx| async move {
             c.create_container(ctx, &request).await

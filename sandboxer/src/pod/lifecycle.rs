@@ -11,9 +11,10 @@ use tracing::{Instrument, Span, error, info, info_span, warn};
 use vmm_core::vm::{ExitReason, Vm, VmError};
 
 use super::container::Container;
+use super::network::{Follower, PodNetwork};
 use super::process::{Exit, KILLED, Process};
 use super::snapshot::SavedContainer;
-use super::{Machine, Phase, Pod, PodError, PodNetwork, Result, lock, nanoseconds, phase};
+use super::{Machine, Network, Phase, Pod, PodError, Result, lock, nanoseconds, phase};
 use crate::agent::{AgentEvent, Limits};
 use crate::backend::MachineRequest;
 use crate::causes::with_causes;
@@ -60,6 +61,7 @@ impl Pod {
             Ok(events) => {
                 let watcher = Arc::clone(self).watch(events);
                 tokio::spawn(watcher.instrument(self.span()));
+                self.follow_network();
                 info!(pod = self.id(), "ready");
                 Ok(())
             }
@@ -191,7 +193,8 @@ impl Pod {
             .await
             .unwrap_or(Err(PodError::Cancelled("connecting the network")));
         let (network, taps) = connected?;
-        *lock(&self.network) = Some(network);
+        self.set_network_description(network.describe());
+        *lock(&self.network) = Some(Network::Connected(network));
         if taps.is_empty() {
             warn!("the pod's network namespace has no interface: the pod has loopback only");
         }
@@ -200,6 +203,19 @@ impl Pod {
             attached.map_err(|e| self.vm_error(e))?;
         }
         Ok(())
+    }
+
+    pub(super) fn set_network_description(&self, description: &rpc::Network) {
+        lock(&self.network_description).clone_from(description);
+    }
+
+    /// From now on the guest's network changes with the namespace.
+    fn follow_network(self: &Arc<Self>) {
+        let mut network = lock(&self.network);
+        // Taken away already by a stop, or there is none.
+        if let Some(Network::Connected(connected)) = network.take() {
+            *network = Some(Network::Followed(Follower::start(self, connected)));
+        }
     }
 
     pub(super) fn limits(&self) -> Limits {
@@ -217,7 +233,7 @@ impl Pod {
             hostname: self.request.hostname(),
             dns: self.request.config.dns_config.as_ref(),
         };
-        let mut request = rpc::SetupSandboxRequest {
+        rpc::SetupSandboxRequest {
             hostname: self.request.hostname().to_owned(),
             time_ns: nanoseconds(std::time::SystemTime::now()),
             entropy: entropy(),
@@ -237,12 +253,9 @@ impl Pod {
                 .into_iter()
                 .collect(),
             resolv_conf: files.resolv_conf(),
+            network: Some(lock(&self.network_description).clone()).into(),
             ..Default::default()
-        };
-        if let Some(network) = lock(&self.network).as_ref() {
-            network.describe(&mut request);
         }
-        request
     }
 
     /// Follows what happens in the guest until its machine ends.
@@ -418,9 +431,17 @@ impl Pod {
         }
         // The machine has ended, and with it the taps.
         let network = lock(&self.network).take();
+        let connected = match network {
+            Some(Network::Connected(network)) => Some(network),
+            Some(Network::Followed(follower)) => {
+                follower.end().await;
+                None
+            }
+            None => None,
+        };
         let _ = tokio::task::spawn_blocking(move || {
             drop(storages);
-            drop(network);
+            drop(connected);
         })
         .await;
         self.phase.send_if_modified(|phase| {

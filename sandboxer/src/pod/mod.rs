@@ -45,7 +45,7 @@ pub use storage::RootfsMount;
 pub use tasks::TASKS_EXTENSION;
 
 use self::files::PodFiles;
-use self::network::PodNetwork;
+use self::network::{Follower, PodNetwork};
 use self::oci::PodFile;
 use self::record::Record;
 use self::storage::Share;
@@ -120,6 +120,15 @@ struct Machine {
     ready: rpc::Ready,
 }
 
+/// The pod's network, while it has one.
+#[derive(Debug)]
+enum Network {
+    /// The pod starts.
+    Connected(PodNetwork),
+    /// The pod runs.
+    Followed(Follower),
+}
+
 /// A pod.
 #[derive(Debug)]
 pub struct Pod {
@@ -137,7 +146,8 @@ pub struct Pod {
     streams: Arc<Streams>,
     /// Operations under way; the pod's folder outlives them.
     operations: TaskTracker,
-    network: Mutex<Option<PodNetwork>>,
+    network: Mutex<Option<Network>>,
+    network_description: Mutex<rpc::Network>,
     share: Mutex<Option<Share>>,
     /// Last: removed after everything in it is released.
     folder: Mutex<Option<PodFolder>>,
@@ -211,6 +221,7 @@ impl Pod {
             streams: Arc::new(Streams::default()),
             operations: TaskTracker::new(),
             network: Mutex::new(None),
+            network_description: Mutex::default(),
             share: Mutex::new(Some(share)),
             folder: Mutex::new(Some(folder)),
         })

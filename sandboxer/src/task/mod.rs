@@ -1,6 +1,7 @@
 //! The Task API of one pod, versions 2 and 3, over ttrpc.
 
 mod convert;
+mod metrics;
 mod service;
 pub(crate) mod streaming;
 

@@ -16,6 +16,7 @@ use protobuf::MessageField;
 use ttrpc::asynchronous::TtrpcContext;
 
 use super::convert::{self, into_ttrpc};
+use super::metrics::{Format, metrics};
 use crate::pod::{CreateContainer, CreateExec, Pod, PodError, StdioPaths};
 
 /// Metadata key with containerd's namespace.
@@ -227,10 +228,19 @@ impl Task for TaskService {
         })
     }
 
-    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+    async fn stats(
+        &self,
+        context: &TtrpcContext,
+        request: StatsRequest,
+    ) -> ttrpc::Result<StatsResponse> {
         let stats = self.pod()?.stats(request.id()).await.map_err(into_ttrpc)?;
+        // Only containerd's calls have a namespace.
+        let format = match namespace(context).as_str() {
+            "" => Format::V1,
+            _ => Format::V2,
+        };
         Ok(StatsResponse {
-            stats: MessageField::some(convert::metrics(&stats)?),
+            stats: MessageField::some(metrics(&stats, format)?),
             ..Default::default()
         })
     }

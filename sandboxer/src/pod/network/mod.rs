@@ -1,12 +1,13 @@
-//! The pod's network: each interface that CNI made in the pod's namespace becomes a card of
-//! the guest.
+//! The pod's network: each interface of the pod's namespace becomes a card of the guest.
 //!
 //! | file | idea |
 //! |---|---|
 //! | `namespace` | entering the namespace |
 //! | `scan` | what CNI set up there, for the agent to set up in the guest |
 //! | `redirect` | a tap for each interface, frames redirected between the two |
+//! | `follow` | what CNI changes while the pod runs |
 
+mod follow;
 mod namespace;
 mod redirect;
 mod scan;
@@ -20,6 +21,7 @@ use devices::virtio::net::TapDevice;
 use rtnetlink::Handle;
 use tracing::{info, warn};
 
+pub(super) use self::follow::Follower;
 use self::namespace::Namespace;
 use self::scan::{Card, Found};
 use super::error::{PodError, Result};
@@ -32,67 +34,142 @@ pub(super) fn check(path: &Path) -> Result<()> {
     Namespace::open(path).map(drop)
 }
 
+/// What has to happen to a network slot of the machine.
+#[derive(Debug)]
+pub(super) enum Change {
+    /// The interface of this slot is gone.
+    Unplug(usize),
+    /// This is the new interface's tap.
+    Plug(usize, TapDevice),
+}
+
 /// A pod's network, connected to taps; dropping it takes the connection away. Blocks then.
 #[derive(Debug)]
 pub(super) struct PodNetwork {
     namespace: Namespace,
-    found: Found,
-    /// What of it redirects frames.
-    connected: Vec<u32>,
+    /// By slot.
+    cards: Vec<Option<Card>>,
+    described: rpc::Network,
 }
 
 impl PodNetwork {
     /// Reads what CNI set up in the namespace at `path` and makes a tap for each interface.
-    /// The taps belong to the caller, in the order of the cards. Blocks.
+    /// The taps belong to the caller, in the order of the slots. Blocks.
     ///
     /// # Errors
     /// The namespace cannot be used, has more interfaces than there are `slots`, or the kernel
     /// refuses; nothing is left then.
     pub(super) fn connect(path: &Path, slots: usize) -> Result<(Self, Vec<TapDevice>)> {
-        let namespace = Namespace::open(path)?;
-        let found = namespace.run(|netlink| async move { scan::scan(&netlink).await })?;
+        let mut network = Self {
+            namespace: Namespace::open(path)?,
+            cards: vec![None; slots],
+            described: rpc::Network::default(),
+        };
+        let found = network.scan()?;
         if found.cards.len() > slots {
             return Err(PodError::invalid(
                 "netns_path",
                 path.to_string_lossy(),
-                format!(
-                    "has {} interfaces and the machine {slots} network slots: set vm.net_slots",
-                    found.cards.len()
-                ),
+                too_many(found.cards.len(), slots),
             ));
         }
-        let mut network = Self {
-            namespace,
-            found,
-            connected: Vec::new(),
-        };
-        let mut taps = Vec::new();
-        for card in network.found.cards.clone() {
-            // Half a connection is taken away as well.
-            network.connected.push(card.index);
-            let tap = network
-                .namespace
-                .run(|netlink| connect(netlink, card.clone()))?;
-            info!(
-                "{} is connected through {}",
-                card.interface.name,
-                tap.name()
-            );
-            taps.push(tap);
-        }
-        for (slot, card) in network.found.cards.iter_mut().enumerate() {
-            card.interface.device = format!("eth{slot}");
-        }
+        let changes = network.take_over(&found)?;
+        let taps = changes.into_iter().filter_map(|change| match change {
+            Change::Plug(_, tap) => Some(tap),
+            Change::Unplug(_) => None,
+        });
+        let taps = taps.collect();
         Ok((network, taps))
     }
 
-    /// Tells the guest what to set up.
-    pub(super) fn describe(&self, request: &mut rpc::SetupSandboxRequest) {
-        let cards = self.found.cards.iter();
-        request.interfaces = cards.map(|card| card.interface.clone()).collect();
-        request.routes.clone_from(&self.found.routes);
-        request.neighbours.clone_from(&self.found.neighbours);
+    /// Reads the namespace again; what the machine has to do about it. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::connect`], but interfaces for which there is no slot are left out.
+    pub(super) fn refresh(&mut self) -> Result<Vec<Change>> {
+        let found = self.scan()?;
+        self.take_over(&found)
     }
+
+    /// What the guest has to set up.
+    pub(super) fn describe(&self) -> &rpc::Network {
+        &self.described
+    }
+
+    fn scan(&self) -> Result<Found> {
+        self.namespace
+            .run(|netlink| async move { scan::scan(&netlink).await })
+    }
+
+    fn take_over(&mut self, found: &Found) -> Result<Vec<Change>> {
+        let mut changes = Vec::new();
+        for (slot, place) in self.cards.iter_mut().enumerate() {
+            let Some(card) = place else { continue };
+            match found.cards.iter().find(|found| found.index == card.index) {
+                Some(found) => card.interface.clone_from(&found.interface),
+                None => {
+                    info!("{} is gone", card.interface.name);
+                    *place = None;
+                    changes.push(Change::Unplug(slot));
+                }
+            }
+        }
+        let known = |card: &Card| {
+            let mut known = self.cards.iter().flatten();
+            known.any(|known| known.index == card.index)
+        };
+        let new: Vec<_> = found.cards.iter().filter(|card| !known(card)).collect();
+        for card in new {
+            let Some(slot) = self.cards.iter().position(Option::is_none) else {
+                let slots = self.cards.len();
+                let what = too_many(found.cards.len(), slots);
+                warn!("{} is left out: the namespace {what}", card.interface.name);
+                continue;
+            };
+            let tap = self.plug(slot, card.clone())?;
+            changes.push(Change::Plug(slot, tap));
+        }
+        self.described = self.description(found);
+        Ok(changes)
+    }
+
+    fn plug(&mut self, slot: usize, card: Card) -> Result<TapDevice> {
+        let name = card.interface.name.clone();
+        // Half a connection is taken away as well.
+        if let Some(place) = self.cards.get_mut(slot) {
+            *place = Some(card.clone());
+        }
+        let tap = self.namespace.run(|netlink| connect(netlink, card))?;
+        info!("{name} is connected through {}", tap.name());
+        Ok(tap)
+    }
+
+    fn description(&self, found: &Found) -> rpc::Network {
+        let mut interfaces = Vec::new();
+        for (slot, card) in self.cards.iter().enumerate() {
+            if let Some(card) = card {
+                interfaces.push(rpc::Interface {
+                    device: format!("eth{slot}"),
+                    ..card.interface.clone()
+                });
+            }
+        }
+        let plugged = |device: &str| interfaces.iter().any(|card| card.name == device);
+        let routes = found.routes.iter();
+        let routes = routes.filter(|route| plugged(&route.device)).cloned();
+        let neighbours = found.neighbours.iter();
+        let neighbours = neighbours.filter(|neighbour| plugged(&neighbour.device));
+        rpc::Network {
+            routes: routes.collect(),
+            neighbours: neighbours.cloned().collect(),
+            interfaces,
+            ..Default::default()
+        }
+    }
+}
+
+fn too_many(cards: usize, slots: usize) -> String {
+    format!("has {cards} interfaces and the machine {slots} network slots: set vm.net_slots")
 }
 
 async fn connect(netlink: Handle, card: Card) -> Result<TapDevice> {
@@ -101,13 +178,13 @@ async fn connect(netlink: Handle, card: Card) -> Result<TapDevice> {
 
 impl Drop for PodNetwork {
     fn drop(&mut self) {
-        if self.connected.is_empty() {
+        let connected: Vec<_> = self.cards.drain(..).flatten().collect();
+        if connected.is_empty() {
             return;
         }
-        let connected = std::mem::take(&mut self.connected);
         let done = self.namespace.run(|netlink| async move {
-            for index in connected {
-                redirect::disconnect(&netlink, index).await?;
+            for card in connected {
+                redirect::disconnect(&netlink, card.index).await?;
             }
             Ok(())
         });

@@ -53,23 +53,34 @@ impl Namespace {
         T: Send,
         F: Future<Output = Result<T>>,
     {
+        self.enter(|| self.with_netlink(work))
+    }
+
+    /// Runs `work` inside. Blocks.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or `work` fails.
+    pub(crate) fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         // A namespace belongs to a thread: a short-lived one keeps ours as it is.
+        let inside = || {
+            setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| {
+                PodError::io(format!("entering {}", self.path.display()))(io::Error::from(e))
+            })?;
+            work()
+        };
         std::thread::scope(|scope| {
-            scope
-                .spawn(|| self.enter_and_run(work))
-                .join()
-                .unwrap_or(Err(PodError::Cancelled("work in the network namespace")))
+            let worker = scope.spawn(inside);
+            let done = worker.join();
+            done.unwrap_or(Err(PodError::Cancelled("work in the network namespace")))
         })
     }
 
-    fn enter_and_run<T, F>(&self, work: impl FnOnce(Handle) -> F) -> Result<T>
+    fn with_netlink<T, F>(&self, work: impl FnOnce(Handle) -> F) -> Result<T>
     where
         F: Future<Output = Result<T>>,
     {
         let failed =
             |what: &str| PodError::io::<io::Error>(format!("{what} {}", self.path.display()));
-        setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)
-            .map_err(|e| failed("entering")(e.into()))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

@@ -19,12 +19,15 @@ use super::scan::{Card, into_io};
 /// Parent of a filter on what arrives, as `tc` writes `ffff:`.
 const INGRESS: u32 = 0xffff_0000;
 
+/// How names of taps begin; the rest is the number of their interface.
+pub(super) const TAP_PREFIX: &str = "tap_kua_";
+
 /// Everything, `ETH_P_ALL` in the byte order of the wire.
 const ALL_PROTOCOLS: u16 = 3_u16.to_be();
 
 /// Makes a tap in this thread's namespace and connects it to `card`.
 pub(super) async fn connect(netlink: &Handle, card: &Card) -> Result<TapDevice> {
-    let name = format!("tap_kua_{}", card.index);
+    let name = format!("{TAP_PREFIX}{}", card.index);
     let failed = |what: &'static str| {
         let name = name.clone();
         move |error| PodError::io(format!("{what} {name}"))(into_io(error))

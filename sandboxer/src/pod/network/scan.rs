@@ -19,13 +19,14 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use tracing::warn;
 
 use super::super::error::{PodError, Result};
+use super::redirect::TAP_PREFIX;
 
 /// An interface of the namespace that the guest is to have as a card.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Card {
     /// Its number in the namespace.
     pub(super) index: u32,
-    /// How the guest is to set it up, but for the name of its device there.
+    /// How the guest is to set it up, but for its slot.
     pub(super) interface: rpc::Interface,
 }
 
@@ -86,7 +87,7 @@ pub(super) fn into_io(error: rtnetlink::Error) -> std::io::Error {
     }
 }
 
-/// An Ethernet interface that is up.
+/// An Ethernet interface that is up, and none of our taps.
 fn card(link: &LinkMessage) -> Option<Card> {
     let ethernet = link.header.link_layer_type == LinkLayerType::Ether;
     let flags = link.header.flags;
@@ -101,6 +102,9 @@ fn card(link: &LinkMessage) -> Option<Card> {
             LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
             _ => {}
         }
+    }
+    if interface.name.starts_with(TAP_PREFIX) {
+        return None;
     }
     Some(Card {
         index: link.header.index,

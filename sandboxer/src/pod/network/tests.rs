@@ -56,8 +56,7 @@ fn what_cni_made_is_described_to_the_guest() {
     let (pod, _wire) = pod();
     let (network, taps) = PodNetwork::connect(&pod.path(), 1).unwrap();
     assert_eq!(taps.len(), 1);
-    let mut request = rpc::SetupSandboxRequest::default();
-    network.describe(&mut request);
+    let request = network.describe();
 
     let [card] = request.interfaces.as_slice() else {
         panic!("{:?}", request.interfaces);
@@ -155,7 +154,51 @@ fn a_namespace_without_interfaces_has_no_cards() {
     pod.ip("link add down0 type veth peer name down1");
     let (network, taps) = PodNetwork::connect(&pod.path(), 1).unwrap();
     assert!(taps.is_empty());
-    let mut request = rpc::SetupSandboxRequest::default();
-    network.describe(&mut request);
-    assert_eq!(request, rpc::SetupSandboxRequest::default());
+    let request = network.describe();
+    assert_eq!(*request, rpc::Network::default());
+}
+
+#[test]
+fn what_cni_changes_later_is_found() {
+    namespaces!();
+    let bare = NetNs::new();
+    let (mut network, taps) = PodNetwork::connect(&bare.path(), 2).unwrap();
+    assert!(taps.is_empty());
+    assert!(network.refresh().unwrap().is_empty());
+    // Interfaces that come, of which one has no slot.
+    for n in 0..3 {
+        bare.ip(&format!("link add net{n} type veth peer name peer{n}"));
+        bare.ip(&format!("link set net{n} up"));
+    }
+    bare.ip("address add 10.6.0.2/24 dev net0");
+    let changes = network.refresh().unwrap();
+    assert!(
+        matches!(changes.as_slice(), [Change::Plug(0, _), Change::Plug(1, _)]),
+        "{changes:?}"
+    );
+    let names = |network: &PodNetwork| -> Vec<String> {
+        let cards = network.describe().interfaces.iter();
+        cards
+            .map(|card| format!("{}={}", card.device, card.name))
+            .collect()
+    };
+    assert_eq!(names(&network), ["eth0=net0", "eth1=net1"]);
+    assert_eq!(network.describe().routes.len(), 1);
+    // Our own taps are none of them, and nothing changes by looking again.
+    assert!(network.refresh().unwrap().is_empty());
+    bare.ip("address add 10.6.0.3/32 dev net0");
+    let before = network.describe().clone();
+    assert!(network.refresh().unwrap().is_empty());
+    assert_ne!(*network.describe(), before);
+    // One goes, and the slot serves the one that had none.
+    bare.ip("link delete net0");
+    let gone = network.refresh().unwrap();
+    assert!(
+        matches!(gone.as_slice(), [Change::Unplug(0), Change::Plug(0, _)]),
+        "{gone:?}"
+    );
+    assert_eq!(names(&network), ["eth0=net2", "eth1=net1"]);
+    drop((changes, gone));
+    drop(network);
+    assert!(!bare.ip("link").contains("ingress"));
 }

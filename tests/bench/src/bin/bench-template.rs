@@ -97,6 +97,7 @@ fn request(dir: &Path, pod: &str) -> MachineRequest {
         memory_bytes: vm.memory.as_u64(),
         share: dir.join("share"),
         dir: dir.to_owned(),
+        netns: None,
     }
 }
 

@@ -101,7 +101,7 @@ fn a_restored_machine_needs_the_disks_it_had() {
     runtime().block_on(async {
         machine.start().await.unwrap();
         machine.attach_disk(1, disk(&path)).await.unwrap();
-        machine.snapshot(&saved, "disks").await.unwrap();
+        machine.snapshot(&saved, "disks", None).await.unwrap();
     });
     let snapshot = Snapshot::load(&saved, "disks").unwrap();
     let restore = |devices| {

@@ -1,7 +1,8 @@
 //! userfaultfd(2), as far as missing pages go.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use devices::virtio::release::PAGE_BYTES;
 use linux_raw_sys::general::{
@@ -15,6 +16,14 @@ use vm_memory::{GuestMemoryRegion as _, GuestRegionMmap};
 /// "The ioctls are of this type" (linux/userfaultfd.h).
 const TYPE: u8 = 0xaa;
 
+/// Makes an fd for who may open it.
+const DEVICE: &str = "/dev/userfaultfd";
+
+nix::ioctl_write_int_bad!(
+    /// Makes an fd, with the system call's flags.
+    userfaultfd_ioc_new,
+    nix::request_code_none!(TYPE, 0x00)
+);
 nix::ioctl_readwrite!(
     /// Agrees on a version.
     uffdio_api_ioctl, TYPE, 0x3f, uffdio_api);
@@ -37,11 +46,13 @@ pub(super) struct Uffd(OwnedFd);
 
 impl Uffd {
     pub(super) fn open() -> io::Result<Self> {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         // SAFETY: the fd is used for nothing but guest memory, whose content this process
         // takes for arbitrary anyway.
-        let fd = unsafe {
-            rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK)
-        }?;
+        let fd = match unsafe { rustix::mm::userfaultfd(flags) } {
+            Err(rustix::io::Errno::PERM) => Self::open_by_device(flags)?,
+            opened => opened?,
+        };
         let mut api = uffdio_api {
             api: UFFD_API.into(),
             features: 0,
@@ -50,6 +61,16 @@ impl Uffd {
         // SAFETY: the ioctl reads and writes one `uffdio_api`.
         unsafe { uffdio_api_ioctl(fd.as_raw_fd(), &raw mut api) }?;
         Ok(Self(fd))
+    }
+
+    /// For processes without `CAP_SYS_PTRACE` that may open the device.
+    fn open_by_device(flags: UserfaultfdFlags) -> io::Result<OwnedFd> {
+        let device = File::options().read(true).write(true).open(DEVICE)?;
+        let flags = flags.bits().cast_signed();
+        // SAFETY: the ioctl takes flags by value and returns a new fd.
+        let fd = unsafe { userfaultfd_ioc_new(device.as_raw_fd(), flags) }?;
+        // SAFETY: the fd is new, and nobody else has it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Takes over the missing pages of a private anonymous region.
