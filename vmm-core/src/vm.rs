@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use devices::virtio::net::TapDevice;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
@@ -90,7 +91,7 @@ pub struct VmStats {
 }
 
 /// A file or block device of the host to be plugged in as a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
     /// Where it is.
     pub path: PathBuf,
@@ -104,7 +105,7 @@ pub struct Disk {
 }
 
 /// Where the guest finds a disk that was plugged in.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DiskPlace {
     /// Behind the VM's virtio-mmio device of this number, counted from 0 in the order of
     /// their addresses. Its driver finds the disk when it is bound to the device, and has to

@@ -36,6 +36,9 @@ pub fn mount(wanted: &Mount) -> Result<(), AgentError> {
     let mut result = attempt();
     if result == Err(Errno::ENOENT) {
         make_target(target, Path::new(source), flags).map_err(AgentError::io(&wanted.target))?;
+        if wanted.fstype == "overlay" {
+            make_overlay_folders(&wanted.options).map_err(AgentError::io("overlay"))?;
+        }
         result = attempt();
     }
     result.map_err(|e| {
@@ -58,6 +61,19 @@ pub fn mount(wanted: &Mount) -> Result<(), AgentError> {
             return Err(AgentError::io(format!("remounting {}", wanted.target))(
                 e.into(),
             ));
+        }
+    }
+    Ok(())
+}
+
+/// The folders of an overlay that are missing on a new writable layer.
+fn make_overlay_folders(options: &[String]) -> io::Result<()> {
+    for option in options {
+        let folder = option
+            .strip_prefix("upperdir=")
+            .or_else(|| option.strip_prefix("workdir="));
+        if let Some(folder) = folder {
+            fs::create_dir_all(folder)?;
         }
     }
     Ok(())

@@ -5,7 +5,8 @@ use agent_api::stream::StreamKind;
 use async_trait::async_trait;
 use vmm_core::vm::{GuestStream, Vm, VmError};
 
-use super::{ProcessId, Result};
+use super::{AgentError, ProcessId, Result};
+use crate::pod::ErrorCode;
 
 /// Runs the containers of one pod: the agent in its guest, reached by
 /// [`super::AgentClient`], or this process, for pods that are no virtual machine.
@@ -21,6 +22,24 @@ pub trait Agent: Send + Sync + std::fmt::Debug {
     async fn update_network(&self, network: rpc::Network) -> Result<()> {
         let _ = network;
         Ok(())
+    }
+
+    /// Finds a disk that was plugged in.
+    async fn attach_disk(&self, disk: rpc::Disk) -> Result<rpc::DiskReply> {
+        let _ = disk;
+        Err(no_machine("find the disk"))
+    }
+
+    /// Lets go of a disk that is to be unplugged.
+    async fn detach_disk(&self, disk: rpc::Disk) -> Result<()> {
+        let _ = disk;
+        Err(no_machine("let go of the disk"))
+    }
+
+    /// Brings CPUs online or takes them off; returns how many are online.
+    async fn set_cpus(&self, count: u32) -> Result<u32> {
+        let _ = count;
+        Err(no_machine("set the number of CPUs"))
     }
 
     /// Creates a container with its init process; returns the guest's pid.
@@ -72,4 +91,12 @@ pub trait Agent: Send + Sync + std::fmt::Debug {
         process: &ProcessId,
         kind: StreamKind,
     ) -> std::result::Result<Box<dyn GuestStream>, VmError>;
+}
+
+fn no_machine(call: &'static str) -> AgentError {
+    AgentError::Refused {
+        call,
+        code: ErrorCode::Unimplemented,
+        message: "the pod is no virtual machine".to_owned(),
+    }
 }

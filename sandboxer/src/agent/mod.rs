@@ -183,6 +183,33 @@ impl Agent for AgentClient {
         .map(drop)
     }
 
+    async fn attach_disk(&self, disk: rpc::Disk) -> Result<rpc::DiskReply> {
+        self.call("find the disk", |c, ctx| async move {
+            c.attach_disk(ctx, &disk).await
+        })
+        .await
+    }
+
+    async fn detach_disk(&self, disk: rpc::Disk) -> Result<()> {
+        self.call("let go of the disk", |c, ctx| async move {
+            c.detach_disk(ctx, &disk).await
+        })
+        .await
+        .map(drop)
+    }
+
+    async fn set_cpus(&self, count: u32) -> Result<u32> {
+        let request = rpc::CpuCount {
+            count,
+            ..Default::default()
+        };
+        self.call("set the number of CPUs", |c, ctx| async move {
+            c.set_cpus(ctx, &request).await
+        })
+        .await
+        .map(|reply| reply.count)
+    }
+
     async fn create_container(&self, request: rpc::CreateContainerRequest) -> Result<u32> {
         self.call("create the container", |c, ctx| async move {
             c.create_container(ctx, &request).await

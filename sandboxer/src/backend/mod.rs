@@ -13,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use vmm_core::vm::{Vm, VmError};
+use vmm_core::vm::{Disk, Vm, VmError};
 
 use crate::agent::{AgentClient, AgentError, Connected, Limits};
 
@@ -32,6 +32,8 @@ pub struct MachineRequest {
     pub dir: PathBuf,
     /// The network namespace that CNI prepared for the pod.
     pub netns: Option<PathBuf>,
+    /// Disks plugged in from the beginning, with their slots.
+    pub disks: Vec<(usize, Disk)>,
 }
 
 /// Waits for [`SandboxBackend::agent`]'s answer.

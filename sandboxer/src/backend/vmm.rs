@@ -13,7 +13,7 @@ use devices::virtio::vsock::VsockConfig;
 use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
-use vmm_core::vm::{Vm, VmError};
+use vmm_core::vm::{Disk, Vm, VmError};
 use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
 
 use super::{MachineRequest, SandboxBackend};
@@ -174,10 +174,9 @@ impl VmmBackend {
             .parts
             .key(vcpus, memory_bytes, &self.device_names());
         let mut machine = self.guest_config("template", vcpus, memory_bytes);
-        let (fs, slots, limit) = (self.fs.clone(), self.vm.net_slots, self.boot_limit);
+        let (fs, vm, limit) = (self.fs.clone(), self.vm.clone(), self.boot_limit);
         let make = move |share: &Path| {
-            machine.devices =
-                devices(&fs, slots, share, None).map_err(BuildTemplateError::Start)?;
+            machine.devices = devices(&fs, &vm, share, None).map_err(BuildTemplateError::Start)?;
             Ok(TemplateMachine {
                 config: machine,
                 limit,
@@ -197,12 +196,23 @@ impl VmmBackend {
 
     fn devices(&self, request: &MachineRequest) -> Result<DeviceSet, VmError> {
         let socket = self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET));
-        devices(&self.fs, self.vm.net_slots, &request.share, socket)
+        let devices = devices(&self.fs, &self.vm, &request.share, socket)?;
+        let plug = |devices: DeviceSet, (slot, disk): &(usize, Disk)| {
+            if *slot >= devices.disk_slots() {
+                return Err(VmError::NoDiskSlot {
+                    slot: *slot,
+                    slots: devices.disk_slots(),
+                });
+            }
+            Ok(devices.with_disk(*slot, disk.clone()))
+        };
+        request.disks.iter().try_fold(devices, plug)
     }
 
     /// Names what [`devices`] makes.
     fn device_names(&self) -> String {
-        format!("{DEVICES} net*{}", self.vm.net_slots)
+        let vm = &self.vm;
+        format!("{DEVICES} net*{} disk*{}", vm.net_slots, vm.disk_slots)
     }
 
     /// What a template and the machines that boot have in common.
@@ -237,10 +247,10 @@ impl VmmBackend {
     }
 }
 
-/// What [`DEVICES`] lists, and network slots.
+/// What [`DEVICES`] lists, and slots for cards and disks.
 fn devices(
     fs: &config::Fs,
-    net_slots: u32,
+    vm: &config::Vm,
     share: &Path,
     vsock_socket: Option<PathBuf>,
 ) -> Result<DeviceSet, VmError> {
@@ -260,7 +270,7 @@ fn devices(
         .map_err(io_error("opening the entropy device"))?
         .with_vsock(vsock)
         .map_err(io_error("making the vsock device"))?;
-    for slot in 0..net_slots {
+    for slot in 0..vm.net_slots {
         let [.., last] = slot.to_be_bytes();
         let mut mac = FIRST_MAC;
         if let Some(byte) = mac.last_mut() {
@@ -270,7 +280,8 @@ fn devices(
             .with_net(NetConfig::new(mac))
             .map_err(backend_error)?;
     }
-    Ok(devices)
+    let slots = usize::try_from(vm.disk_slots).unwrap_or(usize::MAX);
+    Ok(devices.with_disk_slots(slots))
 }
 
 #[async_trait]

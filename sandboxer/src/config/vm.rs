@@ -14,6 +14,9 @@ pub(crate) const MIN_MEMORY: ByteSize = ByteSize::mib(64);
 /// Each is a device with an interrupt of its own.
 const MAX_NET_SLOTS: u32 = 8;
 
+/// They share the interrupts that the other devices leave.
+const MAX_DISK_SLOTS: u32 = 16;
+
 /// Environment variable that overrides `vm.kernel`.
 pub(crate) const KERNEL_VAR: &str = "KUASAR_KERNEL";
 
@@ -47,6 +50,9 @@ pub struct Vm {
     /// How many network interfaces a pod can have: cards that each machine is built with, to
     /// be plugged in when the pod starts. 0: pods have no network.
     pub net_slots: u32,
+    /// How many disks a pod can have at a time: block volumes, raw block devices and root file
+    /// systems on block devices or images.
+    pub disk_slots: u32,
     /// How much of the guest's console is kept, the newest part.
     pub serial_log_bytes: ByteSize,
     /// Whether the guest's ports are also reachable through `<dir>/<pod>/vsock.sock` by
@@ -65,6 +71,7 @@ impl Default for Vm {
             kernel_params: String::new(),
             discovery: DeviceDiscovery::Auto,
             net_slots: 1,
+            disk_slots: 8,
             serial_log_bytes: ByteSize::kib(256),
             vsock_uds: true,
         }
@@ -87,6 +94,10 @@ impl Vm {
         if self.net_slots > MAX_NET_SLOTS {
             let value = self.net_slots.to_string();
             return wrong("vm.net_slots", value, "must be at most 8");
+        }
+        if self.disk_slots > MAX_DISK_SLOTS {
+            let value = self.disk_slots.to_string();
+            return wrong("vm.disk_slots", value, "must be at most 16");
         }
         if self.memory < MIN_MEMORY {
             let value = self.memory.display().iec().to_string();

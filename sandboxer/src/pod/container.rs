@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::disks::PluggedDisk;
 use super::error::{PodError, Result};
 use super::process::Process;
 use super::stdio::StdioPaths;
@@ -21,6 +22,7 @@ pub struct Container {
     paused: AtomicBool,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     storage: Mutex<Option<ContainerStorage>>,
+    disks: Mutex<Vec<PluggedDisk>>,
 }
 
 impl Container {
@@ -37,6 +39,7 @@ impl Container {
             paused: AtomicBool::new(false),
             execs: Mutex::new(HashMap::new()),
             storage: Mutex::new(None),
+            disks: Mutex::default(),
         }
     }
 
@@ -122,6 +125,20 @@ impl Container {
     /// Takes the files away; the caller drops them where blocking is allowed.
     pub(super) fn take_storage(&self) -> Option<ContainerStorage> {
         lock(&self.storage).take()
+    }
+
+    /// The disks it has in the machine.
+    pub(super) fn disks(&self) -> Vec<PluggedDisk> {
+        lock(&self.disks).clone()
+    }
+
+    pub(super) fn set_disks(&self, disks: Vec<PluggedDisk>) {
+        *lock(&self.disks) = disks;
+    }
+
+    /// Takes the disks away; the caller unplugs them.
+    pub(super) fn take_disks(&self) -> Vec<PluggedDisk> {
+        std::mem::take(&mut *lock(&self.disks))
     }
 
     /// All its processes, execs first.

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use vmm_core::vm::GuestStream;
 
 use super::container::Container;
+use super::disks::plan::{self, WantedDisk};
 use super::oci::{self, Guest};
 use super::process::{Exit, Process, ProcessState};
 use super::request::check_id;
@@ -48,6 +49,14 @@ pub struct CreateExec {
     pub stdio: StdioPaths,
     /// containerd's namespace; empty if the caller named none.
     pub namespace: String,
+}
+
+/// What a container is made of.
+struct Files {
+    spec: Value,
+    storage: ContainerStorage,
+    disks: Vec<WantedDisk>,
+    overlay: Option<rpc::Mount>,
 }
 
 impl Pod {
@@ -116,6 +125,10 @@ impl Pod {
 
     async fn forget_container(&self, container: &Container) {
         lock(&self.containers).remove(container.id());
+        let disks = container.take_disks();
+        if let Ok(machine) = self.machine() {
+            self.detach_disks(&machine, disks).await;
+        }
         let storage = container.take_storage();
         let _ = tokio::task::spawn_blocking(move || drop(storage)).await;
     }
@@ -126,21 +139,28 @@ impl Pod {
         container: &Container,
         request: &CreateContainer,
     ) -> Result<u32> {
-        let (spec, storage) = self.prepare_files(request).await?;
-        container.set_storage(storage);
+        let mut files = self.prepare_files(request).await?;
+        container.set_storage(files.storage);
+        let mut plugged = Vec::new();
+        let attached = self.attach_disks(machine, &files.disks, &mut plugged).await;
+        container.set_disks(plugged);
+        let mut disks = attached?;
+        oci::set_numbers(&mut files.spec, &disks.devices);
+        disks.mounts.extend(files.overlay);
         let host = HostStdio::open(
             &request.stdio,
             &owner(&request.namespace, &request.id),
             &self.streams,
         )
         .await?;
-        let spec_json = to_json(&spec)?;
+        let spec_json = to_json(&files.spec)?;
         let pid = machine
             .agent
             .create_container(rpc::CreateContainerRequest {
                 container_id: request.id.clone(),
                 spec_json,
                 stdio: MessageField::some(request.stdio.to_rpc()),
+                mounts: disks.mounts,
                 ..Default::default()
             })
             .await?;
@@ -157,8 +177,8 @@ impl Pod {
         }
     }
 
-    /// The spec for the guest, and everything it names mounted under the share.
-    async fn prepare_files(&self, request: &CreateContainer) -> Result<(Value, ContainerStorage)> {
+    /// The spec for the guest, and everything it names mounted under the share, but for disks.
+    async fn prepare_files(&self, request: &CreateContainer) -> Result<Files> {
         let announced = self.announced_task(&request.id);
         let share = lock(&self.share)
             .as_ref()
@@ -183,10 +203,22 @@ impl Pod {
                 container: &request.id,
                 files: &files,
             };
-            let binds = oci::rewrite(&mut spec, &guest)?;
-            let recipe = Recipe { rootfs, binds };
+            let needs = oci::rewrite(&mut spec, &guest)?;
+            let root = plan::root(&request.id, rootfs)?;
+            if let Some(path) = &root.path {
+                oci::move_root(&mut spec, path);
+            }
+            let recipe = Recipe {
+                rootfs: root.host,
+                binds: needs.binds,
+            };
             let storage = ContainerStorage::prepare(&share, &request.id, recipe)?;
-            Ok((spec, storage))
+            Ok(Files {
+                spec,
+                storage,
+                disks: root.disks.into_iter().chain(needs.disks).collect(),
+                overlay: root.overlay,
+            })
         };
         tokio::task::spawn_blocking(work)
             .await

@@ -11,6 +11,7 @@ use tracing::{Instrument, Span, error, info, info_span, warn};
 use vmm_core::vm::{ExitReason, Vm, VmError};
 
 use super::container::Container;
+use super::disks::DiskSlots;
 use super::network::{Follower, PodNetwork};
 use super::process::{Exit, KILLED, Process};
 use super::snapshot::SavedContainer;
@@ -129,6 +130,7 @@ impl Pod {
                 vm: Arc::clone(vm),
                 agent: connected.client,
                 ready: connected.ready,
+                disks: DiskSlots::restored(containers.iter().flat_map(|c| c.disks.clone())),
             });
             for saved in containers {
                 self.adopt(&machine, saved).await?;
@@ -172,6 +174,7 @@ impl Pod {
             memory_bytes: size.memory_bytes,
             share,
             dir: self.dir.clone(),
+            disks: Vec::new(),
             netns: self.request.netns.clone(),
         })
     }

@@ -6,6 +6,7 @@
 mod container;
 mod containers;
 mod control;
+mod disks;
 mod error;
 mod files;
 mod lifecycle;
@@ -44,6 +45,7 @@ pub(crate) use stdio::{Outlet, StreamEnd, Streams};
 pub use storage::RootfsMount;
 pub use tasks::TASKS_EXTENSION;
 
+use self::disks::DiskSlots;
 use self::files::PodFiles;
 use self::network::{Follower, PodNetwork};
 use self::oci::PodFile;
@@ -118,6 +120,7 @@ struct Machine {
     vm: Arc<dyn Vm>,
     agent: Arc<dyn Agent>,
     ready: rpc::Ready,
+    disks: DiskSlots,
 }
 
 /// The pod's network, while it has one.

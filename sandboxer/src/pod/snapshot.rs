@@ -16,6 +16,7 @@ use tracing::{Instrument, info};
 use vmm_core::vm::Vm;
 
 use super::containers::owner;
+use super::disks::PluggedDisk;
 use super::process::{Exit, Process, ProcessState};
 use super::stdio::{HostStdio, StdioPaths};
 use super::storage::{ContainerStorage, Recipe};
@@ -28,7 +29,7 @@ use crate::rpc::cri::PodSandboxConfig;
 
 const FILE: &str = "pod.json";
 /// Counts changes of the file's fields.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What `pod.json` holds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,6 +56,7 @@ pub(super) struct SavedContainer {
     exit_code: Option<u32>,
     paused: bool,
     recipe: Recipe,
+    pub(super) disks: Vec<PluggedDisk>,
 }
 
 impl Pod {
@@ -168,6 +170,7 @@ impl Pod {
                 exit_code,
                 paused: container.is_paused(),
                 recipe: container.recipe().unwrap_or_default(),
+                disks: container.disks(),
             })
         };
         containers.iter().map(describe).collect()
@@ -219,6 +222,12 @@ impl Pod {
         let request = MachineRequest {
             vcpus: saved.vcpus,
             memory_bytes: saved.memory_bytes,
+            disks: saved
+                .containers
+                .iter()
+                .flat_map(|container| &container.disks)
+                .map(|plugged| (plugged.slot, plugged.disk.clone()))
+                .collect(),
             ..self.machine_request()?
         };
         let backend = &self.environment.backend;
@@ -248,6 +257,7 @@ impl Pod {
                 .await
                 .unwrap_or(Err(PodError::Cancelled("mounting the files")))?;
             container.set_storage(storage);
+            container.set_disks(saved.disks.clone());
             lock(&self.containers).insert(saved.id.clone(), Arc::new(container));
         }
         Ok(())

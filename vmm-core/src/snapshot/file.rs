@@ -93,8 +93,8 @@ mod tests {
             vcpu.repeat(vcpus),
             len(chips),
             vec![0; chips],
-            // Timer, clock, serial port, CMOS, devices.
-            vec![0; 14],
+            // Timer, clock, serial port, CMOS, devices, disks.
+            vec![0; 15],
         ]
         .concat()
     }

@@ -34,6 +34,9 @@ pub enum BackingError {
     /// A folder, a pipe, a character device, ...
     #[error("disk {0} is neither a regular file nor a block device")]
     Kind(PathBuf),
+    /// Another disk has the image, and one of the two writes.
+    #[error("disk {0} is in use: an image has one user, or several that all read only")]
+    InUse(PathBuf),
     /// Less than one sector.
     #[error("disk {path} has {bytes} bytes: at least one sector of {SECTOR_BYTES} is needed")]
     TooSmall {
@@ -94,6 +97,9 @@ impl Backing {
         let kind = file.metadata().map_err(size_error)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(BackingError::Kind(path.to_owned()));
+        }
+        if kind.is_file() {
+            lock(path, &file, options.read_only)?;
         }
         let plain = rustix::fs::fcntl_getfl(&file).map_err(|err| size_error(err.into()))?
             - rustix::fs::OFlags::NONBLOCK;
@@ -195,6 +201,23 @@ impl Backing {
     }
 }
 
+/// An image has one writer or any number of readers, here and in other processes that lock:
+/// two machines that write to one file system destroy it. Block devices are locked by others
+/// for other reasons.
+fn lock(path: &Path, file: &File, read_only: bool) -> Result<(), BackingError> {
+    use rustix::fs::FlockOperation as Lock;
+    let operation = if read_only {
+        Lock::NonBlockingLockShared
+    } else {
+        Lock::NonBlockingLockExclusive
+    };
+    match rustix::fs::flock(file, operation) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(BackingError::InUse(path.to_owned())),
+        // A file system without locks.
+        _ => Ok(()),
+    }
+}
+
 /// What direct I/O on a regular file needs; the usual page when the file system does not
 /// say.
 fn direct_alignment(file: &File) -> io::Result<u32> {
@@ -260,6 +283,28 @@ mod tests {
         assert_eq!(backing.sectors(), 3);
         assert_eq!(backing.measure().unwrap(), 5 * 512);
         assert_eq!(backing.sectors(), 5);
+    }
+
+    #[test]
+    fn an_image_has_one_writer_or_several_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512).unwrap();
+        let open = |read_only| {
+            let options = BackingOptions {
+                read_only,
+                ..BackingOptions::default()
+            };
+            Backing::open(file.path(), options)
+        };
+        let readers = [open(true).unwrap(), open(true).unwrap()];
+        let err = open(false).unwrap_err();
+        assert!(matches!(err, BackingError::InUse(_)), "{err}");
+        drop(readers);
+        let writer = open(false).unwrap();
+        open(true).unwrap_err();
+        open(false).unwrap_err();
+        drop(writer);
+        open(false).unwrap();
     }
 
     #[test]

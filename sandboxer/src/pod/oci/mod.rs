@@ -4,6 +4,7 @@
 //! only makes sense on the host (namespace paths, devices, LSM labels, hooks, CPU sets) is
 //! taken out; a line in the log says so where a user asked for it.
 
+mod devices;
 mod mounts;
 #[cfg(test)]
 mod tests;
@@ -11,9 +12,11 @@ mod tests;
 use serde_json::{Map, Value};
 use tracing::warn;
 
+use super::disks::plan::WantedDisk;
 use super::error::{PodError, Result};
 use super::storage::{Bind, MOUNTS, ROOTFS};
 
+pub(crate) use devices::set_numbers;
 pub(crate) use mounts::PodFile;
 
 /// What a spec is rewritten for.
@@ -31,11 +34,21 @@ impl Guest<'_> {
     }
 }
 
-/// Rewrites `spec` and returns what has to be bound on the host for it.
+/// What a spec needs of the host.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// To be bound under the share.
+    pub(crate) binds: Vec<Bind>,
+    /// To be plugged in.
+    pub(crate) disks: Vec<WantedDisk>,
+}
+
+/// Rewrites `spec` and returns what it needs of the host. Block devices in it get their
+/// numbers when they are plugged in: [`set_numbers`].
 ///
 /// # Errors
 /// The spec is not an object or asks for something no guest can have.
-pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Vec<Bind>> {
+pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Needs> {
     let object = spec.as_object_mut().ok_or_else(|| {
         PodError::invalid(
             "config.json",
@@ -46,6 +59,10 @@ pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Vec<Bind>> 
     set_root(object, guest)?;
     if let Some(process) = object.get_mut("process") {
         clean_process(process, guest.container);
+    }
+    let mut needs = Needs::default();
+    if let Some(linux) = object.get_mut("linux").and_then(Value::as_object_mut) {
+        needs.disks = devices::rewrite(linux, guest);
     }
     let joins_uts = clean_linux(object, guest.container);
     if joins_uts {
@@ -62,7 +79,15 @@ pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Vec<Bind>> 
             "OCI hooks are programs of the host; none is run"
         );
     }
-    mounts::rewrite(object, guest)
+    mounts::rewrite(object, guest, &mut needs)?;
+    Ok(needs)
+}
+
+/// The guest has the root file system at `path`.
+pub(crate) fn move_root(spec: &mut Value, path: &str) {
+    if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
+        root.insert("path".to_owned(), Value::String(path.to_owned()));
+    }
 }
 
 fn set_root(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<()> {
@@ -100,7 +125,6 @@ fn clean_linux(spec: &mut Map<String, Value>, container: &str) -> bool {
         Value::String(format!("/kuasar/{container}")),
     );
     for (key, meaning) in [
-        ("devices", "devices of the host"),
         ("mountLabel", "an SELinux label of the host"),
         ("intelRdt", "cache ways of the host"),
         ("netDevices", "network devices of the host"),

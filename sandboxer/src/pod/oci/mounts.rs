@@ -6,8 +6,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use tracing::warn;
 
+use super::super::disks::plan;
 use super::super::error::{PodError, Result};
-use super::{Bind, Guest, bind_path};
+use super::{Bind, Guest, Needs, bind_path, devices};
+
+/// Type of a mount that makes a block device or an image a device of the container, at the
+/// mount's destination.
+const DEVICE: &str = "block";
 
 /// A file of the pod that every container gets unless its spec brings one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,8 +23,13 @@ pub(crate) struct PodFile {
     pub(crate) guest_path: String,
 }
 
-/// Rewrites `mounts` and returns the binds to make on the host.
-pub(super) fn rewrite(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<Vec<Bind>> {
+/// Rewrites `mounts`, adding what they need of the host.
+pub(super) fn rewrite(
+    spec: &mut Map<String, Value>,
+    guest: &Guest<'_>,
+    needs: &mut Needs,
+) -> Result<()> {
+    take_devices(spec, needs);
     let read_only = spec
         .get("root")
         .and_then(|root| root.get("readonly"))
@@ -31,9 +41,8 @@ pub(super) fn rewrite(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Resul
         .as_array_mut()
         .ok_or_else(|| PodError::invalid("config.json: mounts", "", "must be an array"))?;
     mounts.retain(|mount| !replaced_by_pod_file(mount, guest.files));
-    let mut binds = Vec::new();
     for mount in mounts.iter_mut() {
-        rewrite_one(mount, guest, &mut binds)?;
+        rewrite_one(mount, guest, needs)?;
     }
     for file in guest.files {
         if !mounts
@@ -49,16 +58,64 @@ pub(super) fn rewrite(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Resul
             }));
         }
     }
-    Ok(binds)
+    Ok(())
 }
 
-fn rewrite_one(mount: &mut Value, guest: &Guest<'_>, binds: &mut Vec<Bind>) -> Result<()> {
+/// Makes mounts of block devices devices of the container.
+fn take_devices(spec: &mut Map<String, Value>, needs: &mut Needs) {
+    let mut found = Vec::new();
+    if let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) {
+        mounts.retain(|mount| {
+            let source = Path::new(text(mount, "source"));
+            let device =
+                text(mount, "type") == DEVICE || is_bind(mount) && devices::is_block(source);
+            if device {
+                let read_only = strings(mount.get("options")).iter().any(|o| o == "ro");
+                found.push((source.to_owned(), destination(mount).to_owned(), read_only));
+            }
+            !device
+        });
+    }
+    for (source, destination, read_only) in found {
+        let disk = devices::from_mount(spec, &source, &destination, read_only);
+        needs.disks.push(disk);
+    }
+}
+
+fn is_bind(mount: &Value) -> bool {
     let options = strings(mount.get("options"));
-    let fstype = text(mount, "type");
-    let is_bind = fstype == "bind" || options.iter().any(|o| o == "bind" || o == "rbind");
-    if !is_bind {
+    text(mount, "type") == "bind" || options.iter().any(|o| o == "bind" || o == "rbind")
+}
+
+/// A file system on a block device or image: mounted by the guest, bound into the container.
+fn rewrite_volume(mount: &mut Value, guest: &Guest<'_>, needs: &mut Needs) {
+    let (fstype, source) = (text(mount, "type"), PathBuf::from(text(mount, "source")));
+    if !plan::is_disk(fstype, &source) {
+        return;
+    }
+    let options = strings(mount.get("options"));
+    let target = plan::mount_point(guest.container, &needs.disks.len().to_string());
+    let disk = plan::volume(&source, fstype, &options, target.clone());
+    let bind = if disk.read_only {
+        ["rbind", "ro"]
+    } else {
+        ["rbind", "rw"]
+    };
+    if let Some(object) = mount.as_object_mut() {
+        object.insert("type".to_owned(), json!("bind"));
+        object.insert("source".to_owned(), json!(target));
+        object.insert("options".to_owned(), json!(bind));
+    }
+    needs.disks.push(disk);
+}
+
+fn rewrite_one(mount: &mut Value, guest: &Guest<'_>, needs: &mut Needs) -> Result<()> {
+    if !is_bind(mount) {
+        rewrite_volume(mount, guest, needs);
         return Ok(());
     }
+    let options = strings(mount.get("options"));
+    let binds = &mut needs.binds;
     let destination = destination(mount).to_owned();
     let object = mount
         .as_object_mut()
@@ -106,7 +163,7 @@ fn check_source(source: &Path, destination: &str) -> Result<()> {
     }
     match std::fs::metadata(source) {
         Err(e) => invalid(format!("cannot be used: {e}")),
-        Ok(meta) if meta.file_type().is_block_device() || meta.file_type().is_char_device() => {
+        Ok(meta) if meta.file_type().is_char_device() => {
             invalid("is a device of the host, which a guest cannot use".to_owned())
         }
         Ok(_) => Ok(()),

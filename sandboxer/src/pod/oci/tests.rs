@@ -53,8 +53,8 @@ fn host_facts_are_taken_out_and_unknown_keys_stay() {
             "maskedPaths": ["/proc/kcore"],
         },
     });
-    let binds = rewrite(&mut spec, &guest(&[])).unwrap();
-    assert_eq!(binds, Vec::new());
+    let needs = rewrite(&mut spec, &guest(&[])).unwrap();
+    assert_eq!(needs, Needs::default());
     assert_eq!(
         spec,
         json!({
@@ -101,7 +101,7 @@ fn binds_come_through_the_share_and_the_rest_is_the_guests() {
         {"destination": "/dev/shm", "type": "bind", "source": "/nonexistent/shm",
          "options": ["rbind"]},
     ]});
-    let binds = rewrite(&mut spec, &guest(&[])).unwrap();
+    let binds = rewrite(&mut spec, &guest(&[])).unwrap().binds;
     let options = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
     assert_eq!(
         binds,
@@ -157,11 +157,17 @@ fn a_hosts_file_of_the_spec_wins_but_a_made_up_folder_does_not() {
         }]})
     };
     let mut spec = mount(&file);
-    assert_eq!(rewrite(&mut spec, &guest(&[hosts()])).unwrap().len(), 1);
+    assert_eq!(
+        rewrite(&mut spec, &guest(&[hosts()])).unwrap().binds.len(),
+        1
+    );
     assert_eq!(spec["mounts"][0]["source"], "/run/kuasar/state/c1/mounts/0");
 
     let mut spec = mount(&dir.path().to_owned());
-    assert_eq!(rewrite(&mut spec, &guest(&[hosts()])).unwrap().len(), 0);
+    assert_eq!(
+        rewrite(&mut spec, &guest(&[hosts()])).unwrap().binds.len(),
+        0
+    );
     assert_eq!(spec["mounts"][0]["source"], "/run/kuasar/state/etc/hosts");
 }
 

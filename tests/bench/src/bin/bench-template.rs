@@ -98,6 +98,7 @@ fn request(dir: &Path, pod: &str) -> MachineRequest {
         share: dir.join("share"),
         dir: dir.to_owned(),
         netns: None,
+        disks: Vec::new(),
     }
 }
 
