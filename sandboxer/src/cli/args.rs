@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
+use super::disk::DiskArg;
 use super::values::{self, Cpus, Volume};
 use crate::image::UserSpec;
 
@@ -93,8 +94,9 @@ pub(super) struct RunArgs {
     /// OCI image layout, OCI archive or docker archive, as PATH, PATH:TAG or PATH@DIGEST
     #[arg(required_unless_present = "rootfs", conflicts_with = "rootfs")]
     pub(super) image: Option<String>,
-    /// Folder to use as root file system instead of an image; the container writes to it
-    #[arg(long, value_name = "DIR")]
+    /// Folder, block device or disk image with a file system to use as root file system instead
+    /// of an image; the container writes to it
+    #[arg(long, value_name = "DIR|FILE")]
     pub(super) rootfs: Option<PathBuf>,
     /// Name for ps, exec, logs, stop and rm
     #[arg(long, value_parser = values::name)]
@@ -110,6 +112,11 @@ pub(super) struct RunArgs {
     /// Share a file or folder with the container
     #[arg(long = "volume", short = 'v', value_name = "HOST:GUEST[:ro]")]
     pub(super) volumes: Vec<Volume>,
+    /// Give the container a block device or disk image of the host: mounted, if it has an ext4,
+    /// erofs or squashfs file system [default: on /mnt/NAME], else as a device below /dev
+    /// [default: /dev/NAME]
+    #[arg(long = "disk", value_name = "PATH[:GUEST_PATH][:ro]")]
+    pub(super) disks: Vec<DiskArg>,
     /// Host name inside the pod [default: the pod's id]
     #[arg(long, value_parser = values::hostname)]
     pub(super) hostname: Option<String>,

@@ -9,6 +9,7 @@ mod attend;
 mod check;
 mod client;
 mod daemon;
+mod disk;
 mod error;
 mod exec;
 mod freeze;

@@ -9,6 +9,7 @@ use containerd_shim_protos::api::Mount;
 
 use super::args::RunArgs;
 use super::client::rootfs_mount;
+use super::disk::file_system;
 use super::error::{CliError, Doing, Result};
 use super::output::Steps;
 use super::signals::{Signals, exit_code};
@@ -27,6 +28,8 @@ pub(super) enum Root {
     Image(Box<UnpackedImage>),
     /// A folder of the user's, written to directly.
     Folder(PathBuf),
+    /// A disk of the user's with this file system, written to directly.
+    Disk(PathBuf, &'static str),
 }
 
 /// What an image says about its process; nothing for a plain folder.
@@ -78,6 +81,8 @@ impl Root {
         match self {
             Self::Image(image) => vec![image.rootfs.clone()],
             Self::Folder(folder) => vec![folder.clone()],
+            // Only the guest sees its files.
+            Self::Disk(..) => Vec::new(),
         }
     }
 
@@ -87,6 +92,10 @@ impl Root {
             Self::Folder(path) => {
                 let options = vec!["rbind".to_owned(), "rw".to_owned()];
                 Ok(vec![rootfs_mount("bind", &path.to_string_lossy(), options)])
+            }
+            Self::Disk(path, fstype) => {
+                let options = vec!["loop".to_owned()];
+                Ok(vec![rootfs_mount(fstype, &path.to_string_lossy(), options)])
             }
             Self::Image(image) => {
                 let upper = folder.sub_dir(&folder.data, "upper")?;
@@ -131,10 +140,15 @@ fn folder_root(folder: &Path) -> Result<Root> {
     if path.is_dir() {
         return Ok(Root::Folder(path));
     }
-    Err(
-        CliError::new(format!("--rootfs {} is not a folder", folder.display()))
-            .next("for an image in a file leave --rootfs out: `kuasar-ctl run FILE -- ...`"),
-    )
+    match file_system(&path) {
+        Ok(Some(fstype)) => Ok(Root::Disk(path, fstype)),
+        Ok(None) => Err(CliError::new(format!(
+            "--rootfs {} is neither a folder nor a disk with a file system that guests can mount",
+            folder.display()
+        ))
+        .next("for an image in a file leave --rootfs out: `kuasar-ctl run FILE -- ...`")),
+        Err(e) => Err(CliError::new(format!("--rootfs {e}"))),
+    }
 }
 
 /// Unpacks in the background, so that a signal can end it.
@@ -246,10 +260,15 @@ mod tests {
     }
 
     #[test]
-    fn a_root_must_be_a_folder() {
+    fn a_root_must_be_a_folder_or_have_a_file_system() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let error = folder_root(file.path()).unwrap_err();
-        assert!(error.what.ends_with("is not a folder"), "{}", error.what);
+        assert!(error.what.contains("neither"), "{}", error.what);
+        let mut erofs = vec![0; 4096];
+        erofs[1024..1028].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
+        fs::write(file.path(), erofs).unwrap();
+        let root = folder_root(file.path()).unwrap();
+        assert!(matches!(root, Root::Disk(_, "erofs")), "{root:?}");
         let error = folder_root(Path::new("/no/such/folder")).unwrap_err();
         assert!(error.what.contains("/no/such/folder"), "{}", error.what);
     }

@@ -286,6 +286,7 @@ fn container_spec(args: &RunArgs, root: &Root) -> Result<ContainerSpec> {
         },
         read_only: args.read_only,
         volumes: args.volumes.clone(),
+        disks: args.disks.clone(),
         cpus: args.cpus,
         memory: args.memory,
     })

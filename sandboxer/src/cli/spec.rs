@@ -3,6 +3,7 @@
 use bytesize::ByteSize;
 use serde_json::{Value, json};
 
+use super::disk::DiskArg;
 use super::values::{CPU_PERIOD_US, Cpus, Volume};
 use crate::image::Identity;
 
@@ -110,6 +111,7 @@ pub(super) struct ContainerSpec {
     pub(super) process: ProcessSpec,
     pub(super) read_only: bool,
     pub(super) volumes: Vec<Volume>,
+    pub(super) disks: Vec<DiskArg>,
     pub(super) cpus: Option<Cpus>,
     pub(super) memory: Option<ByteSize>,
 }
@@ -228,12 +230,11 @@ impl ContainerSpec {
             ),
         ];
         // A volume over one of these replaces it.
-        mounts.retain(|m| {
-            !self
-                .volumes
-                .iter()
-                .any(|v| json!(v.destination) == m["destination"])
-        });
+        let volumes = self.volumes.iter().map(|v| v.destination.as_path());
+        let taken: Vec<_> = volumes
+            .chain(self.disks.iter().map(DiskArg::destination))
+            .collect();
+        mounts.retain(|m| !taken.iter().any(|path| json!(path) == m["destination"]));
         mounts.extend(self.volumes.iter().map(|volume| {
             json!({
                 "destination": volume.destination,
@@ -242,6 +243,7 @@ impl ContainerSpec {
                 "options": ["rbind", "rprivate", if volume.read_only { "ro" } else { "rw" }],
             })
         }));
+        mounts.extend(self.disks.iter().map(DiskArg::to_mount));
         mounts
     }
 
@@ -273,6 +275,7 @@ mod tests {
                 tty: true,
                 privileged: false,
             },
+            disks: Vec::new(),
             volumes: vec![Volume {
                 source: "/host".into(),
                 destination: "/data".into(),

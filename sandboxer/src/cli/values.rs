@@ -141,21 +141,26 @@ impl FromStr for Volume {
         if source.is_empty() {
             return Err("the host path is empty".to_owned());
         }
-        let destination = Path::new(destination);
-        let climbs = destination.components().any(|c| c == Component::ParentDir);
-        if !destination.is_absolute() || climbs || destination == Path::new("/") {
-            return Err(format!(
-                "{}: the path in the container must be absolute, below / and without ..",
-                destination.display()
-            ));
-        }
+        let destination = container_path(destination)?;
         let source = fs::canonicalize(source).map_err(|e| format!("{source}: {e}"))?;
         Ok(Self {
             source,
-            destination: destination.to_owned(),
+            destination,
             read_only,
         })
     }
+}
+
+/// A path to mount on in a container.
+pub(super) fn container_path(text: &str) -> Result<PathBuf, String> {
+    let path = Path::new(text);
+    let climbs = path.components().any(|c| c == Component::ParentDir);
+    if !path.is_absolute() || climbs || path == Path::new("/") {
+        return Err(format!(
+            "{text}: the path in the container must be absolute, below / and without .."
+        ));
+    }
+    Ok(path.to_owned())
 }
 
 /// `NAME=VALUE`, or `NAME` to take this process's own value.

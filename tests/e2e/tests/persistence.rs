@@ -15,9 +15,9 @@ use e2e::World;
 use harness::{eventually, kvm_missing, skip_if};
 
 /// Counts in a shell variable, which is nowhere but in guest memory, and writes each number to
-/// the terminal and to a file that stays open.
+/// the terminal, to a file that stays open and to a disk.
 const COUNT: &str = "exec 5>>/data/count; n=0; \
-                     while :; do n=$((n+1)); echo $n; echo $n >&5; sleep 1; done";
+                     while :; do n=$((n+1)); echo $n; echo $n >&5; echo $n > /disk/count; sleep 1; done";
 
 const SLOW: Duration = Duration::from_secs(300);
 
@@ -34,17 +34,20 @@ fn last(text: &str) -> u32 {
 #[test]
 fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
     skip_if!(kvm_missing());
+    skip_if!(harness::disk::tools_missing());
     let mut world = World::new();
     let data = world.scratch().join("data");
     fs::create_dir(&data).unwrap();
     let file = data.join("count");
     let counted = || last(&fs::read_to_string(&file).unwrap_or_default());
     let volume = format!("{}:/data", data.display());
+    let image = harness::disk::ext4(&world.scratch().join("disk.ext4"), 16, None);
+    let disk = format!("{image}:/disk");
     let rootfs = world.rootfs.to_str().unwrap().to_owned();
     #[rustfmt::skip]
     let run = world.ctl.run([
-        "run", "--detach", "--name", "counter", "--volume", &volume, "--rootfs", &rootfs, "--",
-        "/bin/sh", "-c", COUNT,
+        "run", "--detach", "--name", "counter", "--volume", &volume, "--disk", &disk,
+        "--rootfs", &rootfs, "--", "/bin/sh", "-c", COUNT,
     ]);
     run.expect_code(0);
     let reaches = |count| eventually("the counter", SLOW, || (counted() >= count).then_some(()));
@@ -105,9 +108,14 @@ fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
     reaches(differs_at + 1);
 
     // The pod is whole: exec, logs, and the end.
-    let exec = world
-        .ctl
-        .run(["exec", "counter", "--", "/bin/cat", "/data/count"]);
+    let exec = world.ctl.run([
+        "exec",
+        "counter",
+        "--",
+        "/bin/cat",
+        "/data/count",
+        "/disk/count",
+    ]);
     assert!(last(&exec.expect_code(0).stdout) > saved_at);
     let logs = world.ctl.run(["logs", "counter"]);
     assert!(last(&logs.expect_code(0).stdout) > saved_at, "{logs:?}");

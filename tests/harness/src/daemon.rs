@@ -94,6 +94,15 @@ impl Daemon {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Ends the daemon as a crash would.
+    ///
+    /// # Panics
+    /// When it cannot be waited for.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        self.child.wait().expect("wait for the daemon");
+    }
+
     /// Asks the daemon to end and returns its exit status.
     ///
     /// # Panics

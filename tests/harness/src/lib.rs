@@ -16,6 +16,7 @@ pub mod containerd;
 pub mod cri;
 pub mod ctl;
 pub mod daemon;
+pub mod disk;
 pub mod image;
 pub mod leftovers;
 pub mod netns;

@@ -239,6 +239,7 @@ impl Disks {
             direct: disk.direct,
         };
         let backing = Backing::open(&disk.path, options)?;
+        backing.lock()?;
         let config = BlockConfig {
             name: format!("blk{index}"),
             serial: disk.serial.clone(),

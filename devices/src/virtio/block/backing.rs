@@ -98,9 +98,6 @@ impl Backing {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(BackingError::Kind(path.to_owned()));
         }
-        if kind.is_file() {
-            lock(path, &file, options.read_only)?;
-        }
         let plain = rustix::fs::fcntl_getfl(&file).map_err(|err| size_error(err.into()))?
             - rustix::fs::OFlags::NONBLOCK;
         // io_uring would answer EAGAIN instead of waiting for the disk.
@@ -173,6 +170,29 @@ impl Backing {
         self.alignment
     }
 
+    /// Locks an image, until it is closed, for one writer or any number of readers, here and in
+    /// other processes that lock: two machines that write to one file system destroy it. Block
+    /// devices are not locked, since others lock them for reasons of their own.
+    ///
+    /// # Errors
+    /// [`BackingError::InUse`].
+    pub fn lock(&self) -> Result<(), BackingError> {
+        use rustix::fs::FlockOperation as Lock;
+        if self.block_device {
+            return Ok(());
+        }
+        let operation = if self.writable {
+            Lock::NonBlockingLockExclusive
+        } else {
+            Lock::NonBlockingLockShared
+        };
+        match rustix::fs::flock(&self.file, operation) {
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(BackingError::InUse(self.path.clone())),
+            // Or a file system without locks.
+            _ => Ok(()),
+        }
+    }
+
     /// The smallest logical block size of a device that can have this backing.
     #[must_use]
     pub fn block_size(&self) -> u32 {
@@ -198,23 +218,6 @@ impl Backing {
     /// Deallocates a range of a block device.
     pub(super) fn discard_blocks(&self, offset: u64, len: u64) -> io::Result<()> {
         ioctl::discard(self.file.as_fd(), offset, len)
-    }
-}
-
-/// An image has one writer or any number of readers, here and in other processes that lock:
-/// two machines that write to one file system destroy it. Block devices are locked by others
-/// for other reasons.
-fn lock(path: &Path, file: &File, read_only: bool) -> Result<(), BackingError> {
-    use rustix::fs::FlockOperation as Lock;
-    let operation = if read_only {
-        Lock::NonBlockingLockShared
-    } else {
-        Lock::NonBlockingLockExclusive
-    };
-    match rustix::fs::flock(file, operation) {
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(BackingError::InUse(path.to_owned())),
-        // A file system without locks.
-        _ => Ok(()),
     }
 }
 
@@ -294,7 +297,8 @@ mod tests {
                 read_only,
                 ..BackingOptions::default()
             };
-            Backing::open(file.path(), options)
+            let backing = Backing::open(file.path(), options)?;
+            backing.lock().map(|()| backing)
         };
         let readers = [open(true).unwrap(), open(true).unwrap()];
         let err = open(false).unwrap_err();

@@ -87,6 +87,11 @@ pub(crate) fn root(container: &str, rootfs: Vec<RootfsMount>) -> Result<RootPlan
     if alone && rootfs.len() > 1 {
         return Err(unsupported(&rootfs, "several disks and no overlay of them"));
     }
+    // Without a place to write, nothing could be mounted on a path that the image lacks.
+    let alone = alone
+        && !rootfs
+            .iter()
+            .any(|layer| read_only(&layer.fstype, &layer.options));
     let mut plan = RootPlan::default();
     let mut points = Vec::new();
     for (index, layer) in rootfs.iter().enumerate() {
@@ -103,9 +108,11 @@ pub(crate) fn root(container: &str, rootfs: Vec<RootfsMount>) -> Result<RootPlan
         plan.disks.push(mounted(layer, target));
     }
     let path = mount_point(container, ROOTFS);
-    if let Some(overlay) = overlay {
-        plan.overlay = Some(overlay_in_guest(&overlay, &points, &path)?);
-    }
+    plan.overlay = match overlay {
+        Some(overlay) => Some(overlay_in_guest(&overlay, &points, &path)?),
+        None if alone => None,
+        None => Some(layer_in_memory(container, &points, &path)),
+    };
     plan.path = Some(path);
     Ok(plan)
 }
@@ -134,6 +141,10 @@ fn mounted(layer: &RootfsMount, target: String) -> WantedDisk {
     )
 }
 
+fn read_only(fstype: &str, options: &[String]) -> bool {
+    READ_ONLY.contains(&fstype) || options.iter().any(|o| o == "ro" || o == "rro")
+}
+
 /// A disk with a file system that the guest mounts at `target`.
 pub(crate) fn volume(
     source: &Path,
@@ -141,7 +152,7 @@ pub(crate) fn volume(
     options: &[String],
     target: String,
 ) -> WantedDisk {
-    let read_only = READ_ONLY.contains(&fstype) || options.iter().any(|o| o == "ro" || o == "rro");
+    let read_only = read_only(fstype, options);
     let mut options: Vec<String> = options
         .iter()
         // How a host gets at an image, and what concerns the host's mounts.
@@ -160,6 +171,21 @@ pub(crate) fn volume(
             fstype: fstype.to_owned(),
             options,
         },
+    }
+}
+
+/// An overlay whose writable layer is in the guest's memory and goes with the container.
+fn layer_in_memory(container: &str, points: &[String], target: &str) -> rpc::Mount {
+    rpc::Mount {
+        source: "overlay".to_owned(),
+        target: target.to_owned(),
+        fstype: "overlay".to_owned(),
+        options: vec![
+            format!("lowerdir={}", points.join(":")),
+            format!("upperdir={}", mount_point(container, "upper")),
+            format!("workdir={}", mount_point(container, "work")),
+        ],
+        ..Default::default()
     }
 }
 
@@ -305,6 +331,29 @@ mod tests {
         assert_eq!(plan.disks, [disk]);
         assert_eq!(plan.overlay, None);
         assert!(plan.host.is_empty());
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_written_to_gets_a_layer_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = image(&dir, "disk");
+        for layer in [
+            layer("erofs", &source, &["loop"]),
+            layer("ext4", &source, &["ro"]),
+        ] {
+            let plan = root("c", vec![layer]).unwrap();
+            assert!(plan.disks[0].read_only);
+            let at = |name: &str| format!("/run/kuasar/containers/c/disks/{name}");
+            assert_eq!(plan.path, Some(at("rootfs")));
+            let overlay = plan.overlay.unwrap();
+            assert_eq!(overlay.target, at("rootfs"));
+            let options = [
+                format!("lowerdir={}", at("layer0")),
+                format!("upperdir={}", at("upper")),
+                format!("workdir={}", at("work")),
+            ];
+            assert_eq!(overlay.options, options);
+        }
     }
 
     #[test]
