@@ -43,6 +43,11 @@ build: ## Build the daemon, the CLI and the agent
 	$(STEP) "build the daemon and the CLI" -- $(CARGO) build --profile $(PROFILE) -p sandboxer
 	@$(MAKE) --no-print-directory agent
 
+# One process per pod: built for size, whatever the profile of the rest.
+.PHONY: shim
+shim: ## Build containerd's shim programs
+	$(STEP) "build the shims" -- $(CARGO) build --profile shim -p shim
+
 # The agent is PID 1 of an empty file system: linked statically, for any x86-64 CPU.
 .PHONY: agent
 agent: ## Build the static guest agent
@@ -81,8 +86,8 @@ bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes 
 	$(STEP) "boot benchmark" -- $(CARGO) run --release -p bench --bin bench-boot
 
 .PHONY: install
-install: setup build guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual
-	$(STEP) "install" -- env DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install $(BIN)
+install: setup build shim guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual
+	$(STEP) "install" -- env DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install $(BIN) target/shim
 
 .PHONY: bench-template
 bench-template: build guest ## Clones of a template beside boots and QEMU's restore; writes target/bench/template.json

@@ -1,6 +1,13 @@
 //! End-to-end tests on real parts: the built daemon and CLI, a real Linux guest on the real
 //! /dev/kvm. Each test boots as few VMs as it needs, since a boot takes seconds on hosts that
 //! emulate guest ring 0, and closes by counting what its pods left behind.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "what is here reports by panicking"
+)]
+
+pub mod node;
 
 use std::path::{Path, PathBuf};
 
@@ -41,7 +48,6 @@ impl World {
     #[must_use]
     pub fn with_config(config: &str) -> Self {
         let scratch = tempfile::Builder::new().prefix("kuasar-world-").tempdir();
-        #[allow(clippy::expect_used, reason = "a test helper reports by panicking")]
         let scratch = scratch.expect("temporary folder");
         let rootfs = harness::rootfs::busybox(scratch.path());
         let mut config = config.to_owned();

@@ -14,8 +14,11 @@ use std::process::Command;
 use harness::{bin_dir, skip_if};
 
 /// Everything below DESTDIR, with its mode; the manual has a page per command besides.
-const INSTALLED: [(&str, u32); 10] = [
+const INSTALLED: [(&str, u32); 13] = [
     ("opt/k/bin/containerd-shim-kuasar-vmm-v1", 0o755),
+    ("opt/k/bin/containerd-shim-kuasar-vmm-v2", 0o755),
+    ("opt/k/bin/containerd-shim-kuasar-wasm-v1", 0o755),
+    ("opt/k/bin/containerd-shim-kuasar-wasm-v2", 0o755),
     ("opt/k/bin/kuasar-ctl", 0o755),
     ("opt/k/bin/vmm-sandboxer", 0o755),
     ("opt/k/lib/systemd/system/vmm-sandboxer.service", 0o644),
@@ -59,7 +62,7 @@ fn everything_is_where_the_documents_say() {
     let dest = tempfile::tempdir().unwrap();
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let output = Command::new("scripts/install")
-        .arg(bin_dir())
+        .args([bin_dir(), bin_dir()])
         .env("DESTDIR", dest.path())
         .env("PREFIX", "/opt/k")
         .current_dir(top)

@@ -1,7 +1,10 @@
-//! A containerd of the test's own, with our daemon as its sandboxer.
+//! A containerd of the test's own, with our daemon as its sandboxer: as a proxy plugin, or
+//! through the shims.
 //!
 //! Its files, sockets and state lie in a temporary folder, and it runs in a network namespace
 //! of its own, so that the bridge of its pods and everything else CNI makes ends with it.
+
+mod config;
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
@@ -13,7 +16,6 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
 use tempfile::TempDir;
 
 use crate::cri::{Cri, v1};
@@ -24,15 +26,76 @@ use crate::{bin_dir, eventually};
 /// Name of the runtime handler and of the sandboxer behind it.
 pub const HANDLER: &str = "kuasar-vmm";
 
-/// The shim that containerd looks for on its PATH when it loads what it left.
-pub const SHIM: &str = "containerd-shim-kuasar-vmm-v1";
+/// The shims that containerd looks for on its PATH: for pods of a proxy plugin, when it loads
+/// what it left; and for every pod in [`Mode::Shim`].
+pub const SHIMS: [&str; 2] = [
+    "containerd-shim-kuasar-vmm-v1",
+    "containerd-shim-kuasar-vmm-v2",
+];
 
 /// How long containerd may take to start or to end, and `ctr` to import an image.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Which containerd.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Line {
+    /// 2.1 or later.
+    #[default]
+    V2,
+    /// 1.7, which knows no proxy plugins of type "sandbox".
+    V1_7,
+}
+
+impl Line {
+    /// Where `scripts/containerd` puts what it gets.
+    fn installed(self) -> PathBuf {
+        let cache = std::env::var_os("KUASAR_CACHE_DIR")
+            .map(PathBuf::from)
+            .or_else(|| {
+                let base = std::env::var_os("XDG_CACHE_HOME")?;
+                Some(Path::new(&base).join("kuasar-embed"))
+            })
+            .unwrap_or_else(|| PathBuf::from("/var/cache/kuasar-embed"));
+        cache.join(match self {
+            Self::V2 => "peers/containerd",
+            Self::V1_7 => "peers/containerd-1.7",
+        })
+    }
+
+    /// Why it cannot be started here, or `None` when it can.
+    #[must_use]
+    pub fn missing(self) -> Option<String> {
+        if !nix::unistd::geteuid().is_root() {
+            return Some("containerd needs root".to_owned());
+        }
+        let bin = self.installed().join("bin/containerd");
+        if !bin.exists() {
+            return Some(format!(
+                "there is no {}: run scripts/containerd",
+                bin.display()
+            ));
+        }
+        NetNs::missing()
+    }
+}
+
+/// How containerd reaches the daemon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// As a proxy plugin.
+    #[default]
+    Proxy,
+    /// Through a shim per pod.
+    Shim,
+}
+
 /// What differs between containerds.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Which containerd.
+    pub line: Line,
+    /// How it reaches the daemon.
+    pub mode: Mode,
     /// `fifo` or `streaming`.
     pub io_type: &'static str,
     /// `overlayfs` or `native`.
@@ -46,6 +109,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            line: Line::default(),
+            mode: Mode::default(),
             io_type: "fifo",
             snapshotter: "overlayfs",
             subnet: "10.213.7",
@@ -61,35 +126,24 @@ pub struct Containerd {
     netns: NetNs,
     /// A client of its CRI.
     pub cri: Cri,
+    line: Line,
+    environment: Vec<(&'static str, PathBuf)>,
     dir: TempDir,
 }
 
-/// Where `scripts/containerd` puts what it gets.
-fn installed() -> PathBuf {
-    let cache = std::env::var_os("KUASAR_CACHE_DIR")
-        .map(PathBuf::from)
-        .or_else(|| {
-            let base = std::env::var_os("XDG_CACHE_HOME")?;
-            Some(Path::new(&base).join("kuasar-embed"))
-        })
-        .unwrap_or_else(|| PathBuf::from("/var/cache/kuasar-embed"));
-    cache.join("peers/containerd")
-}
-
-/// Why no containerd can be started here, or `None` when one can.
+/// Why no containerd 2 can be started here, or `None` when one can.
 #[must_use]
 pub fn containerd_missing() -> Option<String> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("containerd needs root".to_owned());
-    }
-    let bin = installed().join("bin/containerd");
-    if !bin.exists() {
-        return Some(format!(
-            "there is no {}: run scripts/containerd",
-            bin.display()
-        ));
-    }
-    NetNs::missing()
+    Line::V2.missing()
+}
+
+/// A shim that serves a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shim {
+    /// Its process id.
+    pub pid: u32,
+    /// Where it listens.
+    pub socket: PathBuf,
 }
 
 impl Containerd {
@@ -105,17 +159,25 @@ impl Containerd {
             .expect("temporary dir");
         let shims = dir.path().join("bin");
         fs::create_dir_all(&shims).expect("create a folder");
-        std::os::unix::fs::symlink(bin_dir().join(SHIM), shims.join(SHIM)).expect("link the shim");
-        write_cni(dir.path(), options.subnet);
-        let config = config(dir.path(), &daemon.address(), options);
+        for shim in SHIMS {
+            std::os::unix::fs::symlink(bin_dir().join(shim), shims.join(shim)).expect("link");
+        }
+        config::write_cni(dir.path(), options.subnet);
+        let config = config::config(dir.path(), &daemon.address(), options);
         fs::write(dir.path().join("config.toml"), config).expect("write containerd's config");
         let netns = NetNs::new();
         let cri = Cri::new(&dir.path().join("containerd.sock"));
-        let child = launch(dir.path(), &netns);
+        let environment = vec![
+            ("KUASAR_VMM_SANDBOXER", daemon.address()),
+            ("ENABLE_CRI_SANDBOXES", "yes".into()),
+        ];
+        let child = launch(options.line, dir.path(), &netns, &environment);
         let mut containerd = Self {
             child,
             netns,
             cri,
+            line: options.line,
+            environment,
             dir,
         };
         containerd.await_ready();
@@ -128,7 +190,7 @@ impl Containerd {
     /// When it does not end or become ready again.
     pub fn restart(&mut self, signal: Signal) {
         self.end(signal);
-        self.child = launch(self.dir.path(), &self.netns);
+        self.child = launch(self.line, self.dir.path(), &self.netns, &self.environment);
         self.await_ready();
     }
 
@@ -161,7 +223,7 @@ impl Containerd {
     /// # Panics
     /// When it fails.
     pub fn ctr(&self, args: &[&str]) -> Output {
-        let out = Command::new(installed().join("bin/ctr"))
+        let out = Command::new(self.line.installed().join("bin/ctr"))
             .arg("--address")
             .arg(self.dir.path().join("containerd.sock"))
             .args(["--namespace", "k8s.io", "--timeout"])
@@ -194,6 +256,9 @@ impl Containerd {
         let state = self.dir.path().join("state");
         left.extend(entries(&state.join("io.containerd.runtime.v2.task/k8s.io")));
         left.extend(entries(&state.join("io.containerd.grpc.v1.cri/containers")));
+        let sandboxes = "io.containerd.sandbox.controller.v1.shim/k8s.io";
+        left.extend(entries(&state.join(sandboxes)));
+        left.extend(self.shims().iter().map(|shim| format!("{shim:?}")));
         let addresses = entries(&self.dir.path().join("ipam/test"));
         let taken = |path: &String| {
             let name = path.rsplit('/').next().unwrap_or_default();
@@ -201,6 +266,28 @@ impl Containerd {
         };
         left.extend(addresses.into_iter().filter(taken));
         left
+    }
+
+    /// The shims that serve its pods.
+    #[must_use]
+    pub fn shims(&self) -> Vec<Shim> {
+        let address = self.dir.path().join("containerd.sock");
+        entries(Path::new("/proc"))
+            .into_iter()
+            .filter_map(|proc| {
+                let line = fs::read_to_string(Path::new(&proc).join("cmdline")).ok()?;
+                let words: Vec<&str> = line.split('\0').collect();
+                let after = |flag| {
+                    let at = words.iter().position(|word| *word == flag)?;
+                    words.get(at + 1).map(PathBuf::from)
+                };
+                let ours = words.contains(&"serve") && after("-address")? == address;
+                ours.then_some(Shim {
+                    pid: proc.rsplit('/').next()?.parse().ok()?,
+                    socket: after("-socket")?,
+                })
+            })
+            .collect()
     }
 
     fn mounts(&self) -> Vec<String> {
@@ -273,7 +360,7 @@ fn entries(dir: &Path) -> Vec<String> {
         .unwrap_or_default()
 }
 
-fn launch(dir: &Path, netns: &NetNs) -> Child {
+fn launch(line: Line, dir: &Path, netns: &NetNs, environment: &[(&str, PathBuf)]) -> Child {
     let notify_path = dir.join("notify");
     let _ = fs::remove_file(&notify_path);
     let notify = UnixDatagram::bind(&notify_path).expect("bind the notify socket");
@@ -290,12 +377,13 @@ fn launch(dir: &Path, netns: &NetNs) -> Child {
         dir.join("bin").display()
     );
     let namespace = netns.open();
-    let mut command = Command::new(installed().join("bin/containerd"));
+    let mut command = Command::new(line.installed().join("bin/containerd"));
     command
         .arg("--config")
         .arg(dir.join("config.toml"))
         .env("PATH", path)
         .env("NOTIFY_SOCKET", &notify_path)
+        .envs(environment.iter().cloned())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);
@@ -313,80 +401,4 @@ fn launch(dir: &Path, netns: &NetNs) -> Child {
         }
     }
     child
-}
-
-fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
-    let own = dir.join("containerd.sock.ttrpc");
-    let ttrpc = options.ttrpc.as_ref().unwrap_or(&own).display();
-    let dir = dir.display();
-    let Options {
-        io_type,
-        snapshotter,
-        ..
-    } = options;
-    format!(
-        r#"version = 3
-root = "{dir}/root"
-state = "{dir}/state"
-# What needs kernel modules or daemons that these tests do not use.
-disabled_plugins = [
-  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.differ.v1.erofs",
-  "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt",
-]
-
-[grpc]
-  address = "{dir}/containerd.sock"
-[ttrpc]
-  address = "{ttrpc}"
-[debug]
-  level = "debug"
-
-[proxy_plugins.vmm]
-  type = "sandbox"
-  address = "{sandboxer}"
-
-[plugins.'io.containerd.cri.v1.images']
-  snapshotter = "{snapshotter}"
-[plugins.'io.containerd.cri.v1.runtime']
-  netns_mounts_under_state_dir = true
-[plugins.'io.containerd.cri.v1.runtime'.cni]
-  bin_dirs = ["{cni}"]
-  conf_dir = "{dir}/cni"
-[plugins.'io.containerd.cri.v1.runtime'.containerd]
-  default_runtime_name = "{HANDLER}"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]
-  runtime_type = "io.containerd.{HANDLER}.v1"
-  sandboxer = "vmm"
-  io_type = "{io_type}"
-"#,
-        sandboxer = sandboxer.display(),
-        cni = installed().join("cni").display(),
-    )
-}
-
-/// Pods on a bridge, with addresses that are noted in the test's folder.
-fn write_cni(dir: &Path, subnet: &str) {
-    let conf = json!({
-        "cniVersion": "1.0.0",
-        "name": "test",
-        "plugins": [{
-            "type": "bridge",
-            "bridge": "cni0",
-            "isGateway": true,
-            "mtu": 1400,
-            "ipam": {
-                "type": "host-local",
-                "dataDir": dir.join("ipam"),
-                "ranges": [
-                    [{"subnet": format!("{subnet}.0/24")}],
-                    [{"subnet": "fd00:213:7::/64"}],
-                ],
-                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-            },
-        }],
-    });
-    fs::create_dir_all(dir.join("cni")).expect("create a folder");
-    fs::write(dir.join("cni/10-test.conflist"), conf.to_string()).expect("write CNI's config");
 }

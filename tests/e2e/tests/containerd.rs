@@ -7,8 +7,6 @@
     reason = "the whole file is a test"
 )]
 
-mod node;
-
 use std::time::{Duration, Instant};
 
 use harness::cgroup::PodCgroup;
@@ -17,7 +15,7 @@ use harness::cri::v1;
 use harness::{eventually, kvm_missing, skip_if};
 use nix::sys::signal::Signal;
 
-use node::{Node, Pod, SOON};
+use e2e::node::{Node, Pod, SOON};
 
 #[test]
 fn a_pod_of_the_kubelet_runs_in_a_vm_and_leaves_nothing() {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use e2e::World;
+use crate::World;
 use harness::containerd::{Containerd, HANDLER, Options};
 use harness::cri::v1;
 use harness::eventually;
@@ -13,20 +13,31 @@ use serde_json::json;
 const IMAGE: &str = "docker.io/library/box:1";
 
 /// A container's state may reach CRI a moment after the fact.
-pub(crate) const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// containerd beside the daemon of a [`World`], with an image.
-pub(crate) struct Node {
-    pub(crate) containerd: Containerd,
-    pub(crate) world: World,
+#[derive(Debug)]
+pub struct Node {
+    /// containerd, with everything of its pods.
+    pub containerd: Containerd,
+    /// The daemon.
+    pub world: World,
 }
 
 impl Node {
-    pub(crate) fn new(options: &Options) -> Self {
+    /// With the daemon's default configuration.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn new(options: &Options) -> Self {
         Self::with_config("", options)
     }
 
-    pub(crate) fn with_config(config: &str, options: &Options) -> Self {
+    /// With `config` as the daemon's TOML file.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn with_config(config: &str, options: &Options) -> Self {
         let world = World::with_config(config);
         let containerd = Containerd::start(&world.daemon, options);
         let layer = Layer::new().tree(&world.rootfs, "".as_ref());
@@ -37,7 +48,8 @@ impl Node {
         Self { containerd, world }
     }
 
-    pub(crate) fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
+    /// What the pod `name` is asked to be.
+    pub fn pod_config(&self, name: &str) -> v1::PodSandboxConfig {
         v1::PodSandboxConfig {
             metadata: Some(v1::PodSandboxMetadata {
                 name: name.to_owned(),
@@ -57,15 +69,24 @@ impl Node {
         }
     }
 
-    pub(crate) fn logs(&self) -> PathBuf {
+    /// Where CRI writes the logs of containers.
+    pub fn logs(&self) -> PathBuf {
         self.world.scratch().join("logs")
     }
 
-    pub(crate) fn run_pod(&self, name: &str) -> Pod<'_> {
+    /// A pod, started.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn run_pod(&self, name: &str) -> Pod<'_> {
         self.run_pod_of(self.pod_config(name))
     }
 
-    pub(crate) fn run_pod_of(&self, config: v1::PodSandboxConfig) -> Pod<'_> {
+    /// A pod of that configuration, started.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn run_pod_of(&self, config: v1::PodSandboxConfig) -> Pod<'_> {
         let request = v1::RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: HANDLER.to_owned(),
@@ -78,12 +99,20 @@ impl Node {
         }
     }
 
-    pub(crate) fn pods(&self) -> Vec<v1::PodSandbox> {
+    /// All pods.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn pods(&self) -> Vec<v1::PodSandbox> {
         let request = v1::ListPodSandboxRequest::default();
         self.containerd.cri.list_pod_sandbox(request).unwrap().items
     }
 
-    pub(crate) fn pod_state(&self, id: &str) -> v1::PodSandboxState {
+    /// The state of a pod.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn pod_state(&self, id: &str) -> v1::PodSandboxState {
         let request = v1::PodSandboxStatusRequest {
             pod_sandbox_id: id.to_owned(),
             verbose: false,
@@ -95,7 +124,11 @@ impl Node {
         })
     }
 
-    pub(crate) fn status(&self, container: &str) -> v1::ContainerStatus {
+    /// The status of a container.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn status(&self, container: &str) -> v1::ContainerStatus {
         let request = v1::ContainerStatusRequest {
             container_id: container.to_owned(),
             verbose: false,
@@ -104,14 +137,22 @@ impl Node {
         status.status.unwrap()
     }
 
-    pub(crate) fn exited(&self, container: &str) -> v1::ContainerStatus {
+    /// The status of a container once it has ended.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn exited(&self, container: &str) -> v1::ContainerStatus {
         eventually("the container's end", SOON, || {
             let status = self.status(container);
             (status.state() == v1::ContainerState::ContainerExited).then_some(status)
         })
     }
 
-    pub(crate) fn exec(&self, container: &str, script: &str) -> (String, String, i32) {
+    /// Runs a shell script in a container: stdout, stderr, exit code.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn exec(&self, container: &str, script: &str) -> (String, String, i32) {
         let request = v1::ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: ["/bin/sh", "-c", script].map(str::to_owned).into(),
@@ -122,11 +163,16 @@ impl Node {
         (text(done.stdout), text(done.stderr), done.exit_code)
     }
 
-    pub(crate) fn log(&self, name: &str) -> String {
+    /// The log of the container `name`.
+    pub fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.logs().join(format!("{name}.log"))).unwrap_or_default()
     }
 
-    pub(crate) fn stop_container(&self, id: &str, seconds: i64) {
+    /// Stops a container; it has `seconds` to answer TERM.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn stop_container(&self, id: &str, seconds: i64) {
         let request = v1::StopContainerRequest {
             container_id: id.to_owned(),
             timeout: seconds,
@@ -134,21 +180,33 @@ impl Node {
         self.containerd.cri.stop_container(request).unwrap();
     }
 
-    pub(crate) fn remove_container(&self, id: &str) {
+    /// Removes a container.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn remove_container(&self, id: &str) {
         let request = v1::RemoveContainerRequest {
             container_id: id.to_owned(),
         };
         self.containerd.cri.remove_container(request).unwrap();
     }
 
-    pub(crate) fn stop_pod(&self, id: &str) {
+    /// Stops a pod.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn stop_pod(&self, id: &str) {
         let request = v1::StopPodSandboxRequest {
             pod_sandbox_id: id.to_owned(),
         };
         self.containerd.cri.stop_pod_sandbox(request).unwrap();
     }
 
-    pub(crate) fn remove_pod(&self, id: &str) {
+    /// Removes a pod.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn remove_pod(&self, id: &str) {
         let request = v1::RemovePodSandboxRequest {
             pod_sandbox_id: id.to_owned(),
         };
@@ -156,7 +214,7 @@ impl Node {
     }
 
     /// Nothing of any pod is left, around containerd and in the daemon.
-    pub(crate) fn assert_nothing_left(self) {
+    pub fn assert_nothing_left(self) {
         assert_eq!(self.pods(), []);
         assert_eq!(self.containerd.leftovers(), [""; 0]);
         let links = self.containerd.netns().ip("-o link");
@@ -168,19 +226,25 @@ impl Node {
 }
 
 /// A pod, started.
-pub(crate) struct Pod<'a> {
+#[derive(Debug)]
+pub struct Pod<'a> {
     node: &'a Node,
-    pub(crate) id: String,
+    /// Its id.
+    pub id: String,
     config: v1::PodSandboxConfig,
 }
 
 impl Pod<'_> {
     /// A container that runs a shell script, created and not started.
-    pub(crate) fn create(&self, name: &str, script: &str) -> String {
+    pub fn create(&self, name: &str, script: &str) -> String {
         self.create_limited(name, script, 0)
     }
 
-    pub(crate) fn create_limited(&self, name: &str, script: &str, memory: i64) -> String {
+    /// As [`Pod::create`], with a limit of memory in bytes.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn create_limited(&self, name: &str, script: &str, memory: i64) -> String {
         let resources = v1::LinuxContainerResources {
             memory_limit_in_bytes: memory,
             ..Default::default()
@@ -215,11 +279,19 @@ impl Pod<'_> {
         cri.create_container(request).unwrap().container_id
     }
 
-    pub(crate) fn run(&self, name: &str, script: &str) -> String {
+    /// A container that runs a shell script, started.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn run(&self, name: &str, script: &str) -> String {
         self.run_limited(name, script, 0)
     }
 
-    pub(crate) fn run_limited(&self, name: &str, script: &str, memory: i64) -> String {
+    /// As [`Pod::run`], with a limit of memory in bytes.
+    ///
+    /// # Panics
+    /// When CRI refuses.
+    pub fn run_limited(&self, name: &str, script: &str, memory: i64) -> String {
         let container_id = self.create_limited(name, script, memory);
         let request = v1::StartContainerRequest {
             container_id: container_id.clone(),

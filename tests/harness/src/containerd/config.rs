@@ -1,0 +1,128 @@
+//! What a containerd of the tests is configured with.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::{HANDLER, Line, Mode, Options};
+
+/// The configuration of a containerd in `dir` for the daemon on `sandboxer`.
+pub(super) fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
+    match options.line {
+        Line::V2 => v2(dir, sandboxer, options),
+        Line::V1_7 => v1_7(dir, options),
+    }
+}
+
+/// Folders and sockets, the same for both.
+fn common(dir: &Path, options: &Options) -> String {
+    let own = dir.join("containerd.sock.ttrpc");
+    let ttrpc = options.ttrpc.as_ref().unwrap_or(&own).display();
+    let dir = dir.display();
+    format!(
+        r#"root = "{dir}/root"
+state = "{dir}/state"
+# What needs kernel modules or daemons that these tests do not use.
+disabled_plugins = [
+  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
+  "io.containerd.snapshotter.v1.zfs", "io.containerd.differ.v1.erofs",
+  "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt",
+]
+
+[grpc]
+  address = "{dir}/containerd.sock"
+[ttrpc]
+  address = "{ttrpc}"
+[debug]
+  level = "debug"
+"#
+    )
+}
+
+fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
+    let Options {
+        io_type,
+        snapshotter,
+        ..
+    } = options;
+    let (version, name) = match options.mode {
+        Mode::Proxy => ("v1", "vmm"),
+        Mode::Shim => ("v2", "shim"),
+    };
+    format!(
+        r#"version = 3
+{common}
+[proxy_plugins.vmm]
+  type = "sandbox"
+  address = "{sandboxer}"
+
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "{snapshotter}"
+[plugins.'io.containerd.cri.v1.runtime']
+  netns_mounts_under_state_dir = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ["{cni}"]
+  conf_dir = "{dir}/cni"
+[plugins.'io.containerd.cri.v1.runtime'.containerd]
+  default_runtime_name = "{HANDLER}"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]
+  runtime_type = "io.containerd.{HANDLER}.{version}"
+  sandboxer = "{name}"
+  io_type = "{io_type}"
+"#,
+        common = common(dir, options),
+        sandboxer = sandboxer.display(),
+        cni = options.line.installed().join("cni").display(),
+        dir = dir.display(),
+    )
+}
+
+fn v1_7(dir: &Path, options: &Options) -> String {
+    format!(
+        r#"version = 2
+{common}
+[plugins."io.containerd.grpc.v1.cri"]
+  netns_mounts_under_state_dir = true
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "{cni}"
+  conf_dir = "{dir}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "{snapshotter}"
+  default_runtime_name = "{HANDLER}"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{HANDLER}]
+  runtime_type = "io.containerd.{HANDLER}.v2"
+  sandbox_mode = "shim"
+"#,
+        common = common(dir, options),
+        cni = options.line.installed().join("cni").display(),
+        snapshotter = options.snapshotter,
+        dir = dir.display(),
+    )
+}
+
+/// Pods on a bridge, with addresses that are noted in the test's folder.
+pub(super) fn write_cni(dir: &Path, subnet: &str) {
+    let conf = json!({
+        "cniVersion": "1.0.0",
+        "name": "test",
+        "plugins": [{
+            "type": "bridge",
+            "bridge": "cni0",
+            "isGateway": true,
+            "mtu": 1400,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": dir.join("ipam"),
+                "ranges": [
+                    [{"subnet": format!("{subnet}.0/24")}],
+                    [{"subnet": "fd00:213:7::/64"}],
+                ],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+            },
+        }],
+    });
+    fs::create_dir_all(dir.join("cni")).expect("create a folder");
+    fs::write(dir.join("cni/10-test.conflist"), conf.to_string()).expect("write CNI's config");
+}
