@@ -14,7 +14,7 @@ pub use admin::AdminService;
 pub use pods::Pods;
 
 use crate::causes::with_causes;
-use crate::pod::{ErrorCode, Phase, PodError, PodRequest, TASKS_EXTENSION};
+use crate::pod::{EVENTS_ANNOTATION, ErrorCode, Phase, PodError, PodRequest, TASKS_EXTENSION};
 use crate::rpc::controller as api;
 use crate::rpc::controller::controller_server::Controller;
 use crate::rpc::cri::PodSandboxConfig;
@@ -49,7 +49,9 @@ impl Controller for ControllerService {
     ) -> Result<Response<api::ControllerCreateResponse>, Status> {
         let request = request.into_inner();
         let config = decode_config(request.options)?;
-        let pod = PodRequest::new(&request.sandbox_id, &request.netns_path, config)?;
+        let events = request.annotations.get(EVENTS_ANNOTATION);
+        let pod = PodRequest::new(&request.sandbox_id, &request.netns_path, config)?
+            .with_events(events.map_or("", String::as_str))?;
         self.pods.create(pod).await?;
         Ok(Response::new(api::ControllerCreateResponse {
             sandbox_id: request.sandbox_id,

@@ -37,7 +37,7 @@ pub use container::Container;
 pub use containers::{CreateContainer, CreateExec};
 pub use error::{ErrorCode, PodError, Result};
 pub use process::{Exit, KILLED, Process, ProcessState};
-pub use request::PodRequest;
+pub use request::{EVENTS_ANNOTATION, PodRequest};
 pub use resources::MachineSize;
 pub use snapshot::SavedPod;
 pub use stdio::{LogOwner, StdioPaths};
@@ -147,6 +147,8 @@ pub struct Pod {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     tasks: Mutex<TaskList>,
     streams: Arc<Streams>,
+    /// Is told what happens to its containers.
+    events: EventSink,
     /// Operations under way; the pod's folder outlives them.
     operations: TaskTracker,
     network: Mutex<Option<Network>>,
@@ -210,8 +212,13 @@ impl Pod {
             linux.map_or("", |linux| linux.cgroup_parent.as_str()),
         )
         .write(&dir)?;
+        let events = request
+            .events
+            .as_deref()
+            .map_or_else(|| environment.events.clone(), EventSink::to_containerd);
         Ok(Self {
             request,
+            events,
             environment,
             created_at,
             dir,
@@ -316,7 +323,7 @@ impl Pod {
     }
 
     fn tell(&self, container: &Container, kind: TaskEventKind) {
-        self.environment.events.send(TaskEvent {
+        self.events.send(TaskEvent {
             namespace: container.namespace().to_owned(),
             container_id: container.id().to_owned(),
             kind,

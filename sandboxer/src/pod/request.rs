@@ -9,6 +9,9 @@ use super::error::{PodError, Result};
 /// Longest host name Linux accepts, in bytes.
 const MAX_HOSTNAME_BYTES: usize = 64;
 
+/// Annotation of Create by which a shim says where its containerd takes events.
+pub const EVENTS_ANNOTATION: &str = "io.kuasar.containerd.ttrpc-address";
+
 /// A pod as it is to be.
 #[derive(Clone, Debug)]
 pub struct PodRequest {
@@ -18,6 +21,8 @@ pub struct PodRequest {
     pub netns: Option<PathBuf>,
     /// What CRI says of the pod; empty for callers that send none.
     pub config: PodSandboxConfig,
+    /// containerd's ttrpc socket, where the caller names the one it has.
+    pub events: Option<PathBuf>,
 }
 
 impl PodRequest {
@@ -54,7 +59,29 @@ impl PodRequest {
             id: id.to_owned(),
             netns,
             config,
+            events: None,
         })
+    }
+
+    /// Has events of the pod's containers go to containerd's ttrpc socket `address`, whatever
+    /// the daemon's configuration says. Empty: nothing changes.
+    ///
+    /// # Errors
+    /// Not an absolute path.
+    pub fn with_events(mut self, address: &str) -> Result<Self> {
+        if address.is_empty() {
+            return Ok(self);
+        }
+        let path = PathBuf::from(address);
+        if !path.is_absolute() {
+            return Err(PodError::invalid(
+                "annotations",
+                format!("{EVENTS_ANNOTATION}: {address}"),
+                "must be the absolute path of containerd's ttrpc socket",
+            ));
+        }
+        self.events = Some(path);
+        Ok(self)
     }
 
     /// The name of the pod's machine: what the caller wants, else the pod's id, cut to what
