@@ -122,6 +122,7 @@ impl Guest {
             share: dir.path().join("share"),
             dir: dir.path().to_owned(),
             disks: Vec::new(),
+            netns: None,
         };
         fs::create_dir(&request.share).unwrap();
         backend.prepare(&request).await;
