@@ -2,7 +2,7 @@
 //!
 //! A device model ([`virtio::VirtioDevice`]) sees virtqueues, config space, an interrupt
 //! and guest memory, and nothing else: no MMIO, no KVM. A transport drives it:
-//! [`transport::mmio`] in-process, and later vhost-user towards an external VMM.
+//! [`transport::mmio`] in-process, [`transport::vhost_user`] for an external VMM.
 //! Nothing here keeps process-wide state, installs signal handlers or exits.
 
 pub mod bus;

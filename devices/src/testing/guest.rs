@@ -1,7 +1,8 @@
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 use crate::virtio::GuestMemory;
 
@@ -22,6 +23,26 @@ impl TestGuest {
             // Address zero stays unused: devices may take it for "none".
             next: Arc::new(AtomicU64::new(0x1000)),
         }
+    }
+
+    /// `bytes` of zeroed memory that can be shared with another process, and the file it is.
+    ///
+    /// # Panics
+    /// When there is no memory for it.
+    #[must_use]
+    pub fn shared(bytes: usize) -> (Self, File) {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("test-guest", flags).unwrap());
+        file.set_len(bytes as u64).unwrap();
+        let range = FileOffset::new(file.try_clone().unwrap(), 0);
+        let memory =
+            GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), bytes, Some(range))])
+                .unwrap();
+        let guest = Self {
+            memory: Arc::new(memory),
+            next: Arc::new(AtomicU64::new(0x1000)),
+        };
+        (guest, file)
     }
 
     /// A guest with a copy of this one's memory, as a snapshot makes it.

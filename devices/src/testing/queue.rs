@@ -116,6 +116,18 @@ impl VirtQueueDriver {
         (self.desc, self.avail, self.used)
     }
 
+    /// Entries of each ring.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// What [`Self::kick`] writes.
+    #[must_use]
+    pub fn notify(&self) -> &EventFd {
+        &self.notify
+    }
+
     /// The device's half, ready to use.
     #[must_use]
     pub fn queue(&self) -> Queue {

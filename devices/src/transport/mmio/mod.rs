@@ -5,7 +5,6 @@
 //! eventfds ([`MmioTransport::queue_notifies`]) instead of trapping the register.
 
 mod interrupt;
-mod queue;
 mod registers;
 mod runner;
 mod slot;
@@ -23,12 +22,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::interrupt::IrqLine;
 use self::interrupt::MmioInterrupt;
-use self::queue::{Position, QueueError, QueueRegisters, set_high, set_low};
 use self::registers::{self as reg, status};
 use self::runner::Posting;
 pub use self::slot::MmioSlot;
 pub use self::state::MmioState;
 use crate::bus::BusDevice;
+use crate::transport::queue::{Position, QueueError, QueueRegisters, set_high, set_low};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, GuestMemory, Interrupt, Runner,
     VirtioDevice,
@@ -278,7 +277,7 @@ impl MmioTransport {
             runner: match position {
                 Position::Start => Arc::clone(&self.runner),
                 // A clone should not wait for each of its devices in turn.
-                Position::Used => Arc::new(Posting(Arc::clone(&self.runner))),
+                Position::Used | Position::At(_) => Arc::new(Posting(Arc::clone(&self.runner))),
             },
         };
         Ok(state.device.activate(activation)?)

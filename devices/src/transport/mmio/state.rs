@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::interrupt::InterruptState;
-use super::queue::Position;
 use super::registers::{CONFIG_CHANGE, USED_BUFFER, status};
 use super::{MmioTransport, Registers, StartError, State};
+use crate::transport::queue::Position;
 use crate::virtio::{Interrupt, StateError};
 
 /// A transport as its driver sees it, and its device. Means the same on every host.

@@ -16,12 +16,13 @@ use super::queues::Queues;
 use super::state::VsockState;
 use super::uds::Listener;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, HandlerId, Runner, StateError,
-    VirtioDevice, config,
+    ActivateError, Activation, DeviceType, HandlerId, Runner, StateError, VirtioDevice, config,
 };
 
 /// Receive, transmit, event.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// Receive and transmit.
+const NEEDED_QUEUES: usize = 2;
 
 /// `VIRTIO_VSOCK_F_STREAM`, 5.10.3.
 const F_STREAM: u64 = 1;
@@ -101,8 +102,10 @@ impl Vsock {
             interrupt,
             ..
         } = activation;
-        let [rx, tx, event] = <[ActiveQueue; 3]>::try_from(queues)
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let mut queues = queues.into_iter();
+        let (Some(rx), Some(tx), event) = (queues.next(), queues.next(), queues.next()) else {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        };
         let queues = Queues {
             memory,
             interrupt,
@@ -169,11 +172,13 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.stop();
-        let complete = activation.queues.iter().map(|queue| queue.index).eq(0..3);
-        if !complete {
+        let got = activation.queues.len();
+        let in_order = (0..).zip(&activation.queues).all(|(i, q)| q.index == i);
+        // A VMM may keep the event queue to itself.
+        if got < NEEDED_QUEUES || !in_order {
             return Err(ActivateError::MissingQueues {
-                got: activation.queues.len(),
-                needed: QUEUE_SIZES.len(),
+                got,
+                needed: NEEDED_QUEUES,
             });
         }
         let runner = Arc::clone(&activation.runner);

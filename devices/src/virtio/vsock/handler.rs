@@ -126,11 +126,13 @@ impl Handler {
         for fd in [
             self.queues.rx.notify.as_raw_fd(),
             self.queues.tx.notify.as_raw_fd(),
-            self.queues.event.notify.as_raw_fd(),
             self.wake.as_raw_fd(),
             muxer.deadlines().fd(),
         ] {
             lp.forget(fd);
+        }
+        if let Some(event) = &self.queues.event {
+            lp.forget(event.notify.as_raw_fd());
         }
         if let Some(listener) = &self.listener {
             lp.forget(listener.as_raw_fd());
@@ -143,7 +145,9 @@ impl EventHandler for Handler {
     fn start(&mut self, lp: &mut dyn Loop) -> io::Result<()> {
         lp.watch(self.queues.rx.notify.as_raw_fd(), RX, READ)?;
         lp.watch(self.queues.tx.notify.as_raw_fd(), TX, READ)?;
-        lp.watch(self.queues.event.notify.as_raw_fd(), EVENT, READ)?;
+        if let Some(event) = &self.queues.event {
+            lp.watch(event.notify.as_raw_fd(), EVENT, READ)?;
+        }
         lp.watch(self.wake.as_raw_fd(), WAKE, READ)?;
         {
             let mut muxer = self.connections.lock();
@@ -168,7 +172,9 @@ impl EventHandler for Handler {
         match token {
             RX => drop(self.queues.rx.notify.read()),
             TX => drop(self.queues.tx.notify.read()),
-            EVENT => drop(self.queues.event.notify.read()),
+            EVENT => {
+                let _ = self.queues.event.as_ref().map(|event| event.notify.read());
+            }
             WAKE => {
                 let _ = self.wake.read();
                 muxer.serve_host(lp);

@@ -40,8 +40,8 @@ pub struct Queues {
     pub rx: ActiveQueue,
     /// Packets of the guest.
     pub tx: ActiveQueue,
-    /// Buffers for events.
-    pub event: ActiveQueue,
+    /// Buffers for events, unless a VMM keeps that queue to itself.
+    pub event: Option<ActiveQueue>,
 }
 
 impl Queues {
@@ -132,7 +132,10 @@ impl Queues {
     /// Delivers the transport reset event, if one is due and the driver has a buffer.
     pub fn pump_event(&mut self, muxer: &mut Muxer) -> Result<(), QueueError> {
         let memory = &*self.memory;
-        let queue = &mut self.event.queue;
+        let Some(event) = &mut self.event else {
+            return Ok(());
+        };
+        let queue = &mut event.queue;
         let mut used = false;
         // One try per buffer that a ring can hold.
         for _ in 0..queue.size() {
@@ -161,7 +164,7 @@ impl Queues {
             used = true;
         }
         if used {
-            notify::used(memory, &mut self.event, &*self.interrupt)?;
+            notify::used(memory, event, &*self.interrupt)?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use virtio_queue::QueueT;
 
 use super::*;
 use crate::testing::Used;
+use crate::transport::queue::QueueRegisters;
 use crate::virtio::balloon::{Balloon, BalloonConfig};
 use crate::virtio::block::{Backing, BackingOptions, Block, BlockConfig, Engine};
 use crate::virtio::release::{PageRange, PageReleaser};

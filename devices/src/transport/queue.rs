@@ -1,3 +1,5 @@
+//! A queue as its driver sets it up, until a device gets it.
+
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
@@ -23,6 +25,8 @@ pub(super) enum Position {
     /// Where a quiesced device stopped: no chain is in flight, so what it has used is what
     /// it has taken, and the used ring says how much that is.
     Used,
+    /// With this entry of the available ring, as somebody outside remembers.
+    At(u16),
 }
 
 /// Why a queue cannot be used.
@@ -101,12 +105,16 @@ impl QueueRegisters {
             .map_err(misaligned("device area", self.device))?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        if position == Position::Used {
+        if position != Position::Start {
             let used = queue
                 .used_idx(memory, Ordering::Acquire)
-                .map_err(QueueError::Used)?;
-            queue.set_next_avail(used.0);
-            queue.set_next_used(used.0);
+                .map_err(QueueError::Used)?
+                .0;
+            queue.set_next_used(used);
+            queue.set_next_avail(match position {
+                Position::At(available) => available,
+                Position::Start | Position::Used => used,
+            });
         }
         Ok(queue)
     }
