@@ -97,8 +97,9 @@ impl ExitNotice {
     }
 }
 
-/// What follows the panic mark.
-fn panic_words(console: &str) -> Option<String> {
+/// The last words of a Linux kernel that panicked, if its console holds any.
+#[must_use]
+pub fn panic_words(console: &str) -> Option<String> {
     let (_, words) = console.split_at(console.find(PANIC_MARK)?);
     let mut end = words.len().min(PANIC_BYTES);
     while !words.is_char_boundary(end) {

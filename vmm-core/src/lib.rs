@@ -40,6 +40,7 @@ pub mod vm;
 pub use arch::BootError;
 pub use config::MachineConfig;
 pub use device_set::{DeviceSet, NamedDevice};
+pub use exit::panic_words;
 pub use host::Host;
 pub use machine::{BuildError, CloneConfig, DiskError, Machine, VmShell};
 pub use snapshot::{Snapshot, SnapshotError};

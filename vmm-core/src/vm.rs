@@ -47,6 +47,8 @@ pub enum ExitReason {
     },
     /// A device failed in a way the VM cannot survive.
     Device(String),
+    /// The process of an external VMM ended by itself: how, and what it said.
+    Process(String),
 }
 
 impl fmt::Display for ExitReason {
@@ -59,6 +61,7 @@ impl fmt::Display for ExitReason {
             Self::Kvm(what) => write!(f, "KVM cannot run the guest: {what}"),
             Self::Panic { thread, message } => write!(f, "thread {thread} panicked: {message}"),
             Self::Device(what) => write!(f, "device failure: {what}"),
+            Self::Process(how) => write!(f, "the VMM ended: {how}"),
         }
     }
 }

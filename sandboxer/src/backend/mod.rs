@@ -3,6 +3,7 @@
 //! A [`SandboxBackend`] turns a [`MachineRequest`] into a [`Vm`]: something that runs,
 //! ends, and carries byte streams to an agent inside. Pods know nothing else about it.
 
+pub mod external;
 pub mod vmm;
 
 use std::collections::BTreeMap;

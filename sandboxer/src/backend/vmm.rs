@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use devices::virtio::fs::{CachePolicy, Fs, FsConfig};
 use devices::virtio::net::NetConfig;
 use devices::virtio::vsock::VsockConfig;
+use external_hv::HvError;
 use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
@@ -46,6 +47,12 @@ pub enum BackendError {
     /// There is nothing to boot.
     #[error(transparent)]
     Guest(#[from] MissingGuestFile),
+    /// The external hypervisor cannot be run.
+    #[error(transparent)]
+    Hypervisor(#[from] HvError),
+    /// The program beside each external VM cannot be found.
+    #[error("cannot find the supervisor of external VMs: {0}")]
+    Supervisor(String),
 }
 
 impl BackendError {
@@ -54,7 +61,7 @@ impl BackendError {
     pub fn fix(&self) -> Option<&'static str> {
         match self {
             Self::Host(error) => Some(error.fix()),
-            Self::Guest(_) => None,
+            Self::Guest(_) | Self::Hypervisor(_) | Self::Supervisor(_) => None,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use sandboxer::causes::with_causes;
-use sandboxer::config::Config;
+use sandboxer::config::{Config, Overrides};
 use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, Server, ServerError, ServerOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
@@ -19,7 +19,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
 /// Runs pods in microVMs, for containerd, iSulad and kuasar-ctl.
 ///
 /// Serves containerd's sandbox Controller API on a Unix socket and, for each pod, the Task
-/// API. The VMs are threads of this process.
+/// API. The VMs are threads of this process, or processes of an external hypervisor.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -34,6 +34,9 @@ struct Args {
     /// Configuration file [default: /var/lib/kuasar/config.toml, if it exists]
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
+
+    #[command(flatten)]
+    overrides: Overrides,
 
     /// Least severe messages to log: error, warn, info, debug, trace, or directives such as
     /// info,vmm_core=debug
@@ -55,7 +58,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
-    let config = Config::load(args.config.as_deref())?;
+    let mut config = Config::load(args.config.as_deref())?;
+    args.overrides.apply(&mut config);
     start_logging(args.log_level.as_deref(), &config)?;
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()

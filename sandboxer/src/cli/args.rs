@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::disk::DiskArg;
 use super::values::{self, Cpus, Volume};
+use crate::config::Overrides;
 use crate::image::UserSpec;
 
 const EXIT_CODES: &str = "\
@@ -145,6 +146,8 @@ pub(super) struct RunArgs {
     /// Configuration file for a daemon inside this process [default: the daemon's own]
     #[arg(long, value_name = "FILE", env = "KUASAR_CONFIG")]
     pub(super) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) overrides: Overrides,
     /// Command and its arguments; with an image, in place of its own
     #[arg(last = true, value_name = "COMMAND")]
     pub(super) command: Vec<String>,

@@ -10,7 +10,7 @@ use super::client::Controller;
 use super::error::{CliError, Doing, Result, chain};
 use super::output::Steps;
 use super::store::{private_dir, state_root};
-use crate::config::Config;
+use crate::config::{Config, Overrides};
 use crate::pod::record;
 use crate::pod::storage::remove_tree;
 use crate::server::{RunningServer, Server, ServerOptions};
@@ -66,6 +66,7 @@ impl Daemon {
     pub(super) async fn reach(
         address: &Path,
         config: Option<&Path>,
+        overrides: Overrides,
         detach: bool,
         steps: &Steps,
     ) -> Result<Self> {
@@ -86,7 +87,7 @@ impl Daemon {
             "nothing listens on {}: starting a daemon in this process",
             address.display()
         ));
-        let embedded = Embedded::start(config).await?;
+        let embedded = Embedded::start(config, overrides).await?;
         let Some(controller) = Controller::connect(embedded.server.address()).await? else {
             embedded.end().await;
             return Err(CliError::new("the daemon in this process does not answer"));
@@ -107,8 +108,9 @@ impl Daemon {
 }
 
 impl Embedded {
-    async fn start(config: Option<&Path>) -> Result<Self> {
-        let config = Config::load(config).map_err(|e| CliError::new(chain(&e)))?;
+    async fn start(config: Option<&Path>, overrides: Overrides) -> Result<Self> {
+        let mut config = Config::load(config).map_err(|e| CliError::new(chain(&e)))?;
+        overrides.apply(&mut config);
         let parent = embedded_root();
         private_dir(&parent)?;
         collect_garbage(parent.clone()).await;

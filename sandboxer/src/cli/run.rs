@@ -37,7 +37,13 @@ pub(super) async fn run(global: &Global, args: RunArgs) -> Result<u8> {
     let spec = container_spec(&args, &root)?;
     let daemon = interruptible(
         &mut signals,
-        Daemon::reach(&global.address, args.config.as_deref(), args.detach, &steps),
+        Daemon::reach(
+            &global.address,
+            args.config.as_deref(),
+            args.overrides,
+            args.detach,
+            &steps,
+        ),
     )
     .await?;
     let result = match Pod::new(&args, &root, spec, daemon.controller.clone()) {

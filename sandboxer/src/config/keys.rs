@@ -2,7 +2,7 @@
 
 use serde_aux::serde_introspection::serde_introspect;
 
-use super::{Config, Events, Fs, Sandbox, Templates, Timeouts, Vm};
+use super::{Config, Events, Fs, Hypervisor, Qemu, Sandbox, Templates, Timeouts, Vm};
 
 /// A key further away than this many edits is no suggestion.
 const MAX_EDITS: usize = 3;
@@ -14,6 +14,8 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "" => serde_introspect::<Config>(),
         "sandbox" => serde_introspect::<Sandbox>(),
         "vm" => serde_introspect::<Vm>(),
+        "hypervisor" => serde_introspect::<Hypervisor>(),
+        "hypervisor.qemu" => serde_introspect::<Qemu>(),
         "templates" => serde_introspect::<Templates>(),
         "fs" => serde_introspect::<Fs>(),
         "events" => serde_introspect::<Events>(),

@@ -3,6 +3,7 @@
 //! One struct per TOML table; the doc comment of a field is the documentation of its key.
 //! A key this version does not know is an error that names the nearest one it does.
 
+mod hypervisor;
 mod keys;
 mod templates;
 mod vm;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use hypervisor::{Accel, Hypervisor, HypervisorKind, MachineType, Qemu};
 pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::MIN_MEMORY;
 pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
@@ -28,6 +30,8 @@ pub struct Config {
     pub sandbox: Sandbox,
     /// The virtual machine of each pod.
     pub vm: Vm,
+    /// The external hypervisor, when `sandbox.mode` is `external`.
+    pub hypervisor: Hypervisor,
     /// Pods as clones of a guest that has booted once.
     pub templates: Templates,
     /// The file system shared between host and guest.
@@ -45,7 +49,8 @@ pub struct Sandbox {
     /// Least severe messages to log: `error`, `warn`, `info`, `debug`, `trace`, or
     /// directives such as `info,vmm_core=debug`. `RUST_LOG` and `--log-level` override it.
     pub log_level: String,
-    /// Who runs the VMs. `in-process`: threads of this daemon.
+    /// Who runs the VMs. `in-process`: threads of this daemon. `external`: processes of the
+    /// hypervisor that `hypervisor.kind` names. `--mode` overrides it.
     pub mode: Mode,
 }
 
@@ -59,12 +64,34 @@ impl Default for Sandbox {
 }
 
 /// Who runs the VMs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Threads of this daemon.
     #[default]
+    #[value(name = "in-process")]
     InProcess,
+    /// Processes of an external hypervisor.
+    External,
+}
+
+/// What the command line has instead of the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct Overrides {
+    /// Who runs the VMs [default: as configured, else in-process]
+    #[arg(long, value_name = "MODE", env = "KUASAR_MODE")]
+    pub mode: Option<Mode>,
+    /// The hypervisor of `--mode external` [default: as configured, else qemu]
+    #[arg(long, value_name = "NAME", env = "KUASAR_HYPERVISOR")]
+    pub hypervisor: Option<HypervisorKind>,
+}
+
+impl Overrides {
+    /// Changes what was read from the file.
+    pub fn apply(self, config: &mut Config) {
+        config.sandbox.mode = self.mode.unwrap_or(config.sandbox.mode);
+        config.hypervisor.kind = self.hypervisor.unwrap_or(config.hypervisor.kind);
+    }
 }
 
 /// `[events]`: who is told what happens to containers.
@@ -226,6 +253,7 @@ impl Config {
         config.vm.check(path)?;
         config.fs.check(path)?;
         config.templates.check(path)?;
+        config.hypervisor.check(path)?;
         Ok(config)
     }
 }

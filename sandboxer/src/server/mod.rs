@@ -19,8 +19,9 @@ use tracing::{info, warn};
 use self::folder::DaemonFolder;
 use self::socket::ListenSocket;
 use crate::backend::SandboxBackend;
+use crate::backend::external::ExternalBackend;
 use crate::backend::vmm::{BackendError, VmmBackend};
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::controller::{AdminService, ControllerService, Pods};
 use crate::events::EventSink;
 use crate::pod::{PodEnvironment, PodError, record};
@@ -116,7 +117,7 @@ impl Server {
         allow_many_files();
         let backend = match options.backend {
             Some(backend) => backend,
-            None => Arc::new(VmmBackend::new(&options.config).await?),
+            None => make_backend(&options.config).await?,
         };
         let timeouts = if backend.slow_kernel() {
             options.config.timeouts.for_slow_host()
@@ -210,6 +211,13 @@ impl RunningServer {
         drop(folder);
         info!("stopped");
     }
+}
+
+async fn make_backend(config: &Config) -> Result<Arc<dyn SandboxBackend>, BackendError> {
+    Ok(match config.sandbox.mode {
+        Mode::InProcess => Arc::new(VmmBackend::new(config).await?),
+        Mode::External => Arc::new(ExternalBackend::new(config, false).await?),
+    })
 }
 
 /// Lets this process open as many files as it may: each file a guest knows of costs one.

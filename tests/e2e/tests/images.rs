@@ -102,7 +102,7 @@ fn every_form_of_an_image_unpacks_to_the_same_files() {
     let mut trees = Vec::new();
     for (number, form) in forms.iter().enumerate() {
         let cache = at(&format!("cache{number}"));
-        let output = Command::new(bin_dir().join("kuasar-ctl"))
+        let output = harness::program("kuasar-ctl")
             .args(["run", "--detach"])
             .arg(form)
             .env("KUASAR_CACHE_DIR", &cache)

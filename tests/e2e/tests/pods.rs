@@ -7,10 +7,8 @@
     reason = "the whole file is a test"
 )]
 
-use std::process::Command;
-
 use e2e::World;
-use harness::{bin_dir, kvm_missing, skip_if};
+use harness::{kvm_missing, program, skip_if};
 
 #[test]
 fn a_foreground_run_passes_everything_through_and_leaves_nothing() {
@@ -108,7 +106,7 @@ fn without_a_daemon_the_cli_brings_its_own() {
     skip_if!(kvm_missing());
     let scratch = tempfile::tempdir().unwrap();
     let rootfs = harness::rootfs::busybox(scratch.path());
-    let out = Command::new(bin_dir().join("kuasar-ctl"))
+    let out = program("kuasar-ctl")
         .arg("--address")
         .arg(scratch.path().join("nobody-listens.sock"))
         .args(["run", "--rootfs"])

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::daemon::Daemon;
-use crate::{bin_dir, eventually};
+use crate::{eventually, program};
 
 /// What a finished `kuasar-ctl` printed and returned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Ctl {
 
     /// The command, with stdio not yet set.
     pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
-        let mut command = Command::new(bin_dir().join("kuasar-ctl"));
+        let mut command = program("kuasar-ctl");
         command
             .arg("--address")
             .arg(&self.address)

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::{bin_dir, eventually};
+use crate::{eventually, program};
 
 /// How long the daemon may take to say READY, and to end.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -130,7 +130,7 @@ fn launch(dir: &Path) -> Child {
         .append(true)
         .open(&log_path)
         .expect("create the daemon's log");
-    let mut child = Command::new(bin_dir().join("vmm-sandboxer"))
+    let mut child = program("vmm-sandboxer")
         .arg("--listen")
         .arg(dir.join("sandboxer.sock"))
         .arg("--dir")

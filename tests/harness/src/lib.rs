@@ -23,7 +23,8 @@ pub mod netns;
 pub mod pty;
 pub mod rootfs;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The folder that holds the binaries of the profile under test.
@@ -42,9 +43,48 @@ pub fn bin_dir() -> PathBuf {
     }
 }
 
-/// Why the real-KVM tests cannot run here, or `None` when they can.
+/// A built program, told to use the backend under test: `BACKEND=qemu` runs the pods of the
+/// same tests in QEMU, anything else in-process.
+///
+/// # Panics
+/// When `BACKEND` names none.
+#[must_use]
+pub fn program(name: &str) -> Command {
+    let mut command = Command::new(bin_dir().join(name));
+    if let Some(hypervisor) = external_backend() {
+        command
+            .env("KUASAR_MODE", "external")
+            .env("KUASAR_HYPERVISOR", hypervisor);
+    }
+    command
+}
+
+/// The external hypervisor under test, if one is.
+///
+/// # Panics
+/// When `BACKEND` names none.
+#[must_use]
+pub fn external_backend() -> Option<String> {
+    match std::env::var("BACKEND").ok().as_deref() {
+        None | Some("" | "in-process") => None,
+        Some(name @ "qemu") => Some(name.to_owned()),
+        Some(other) => panic!("BACKEND={other}: use in-process or qemu"),
+    }
+}
+
+/// Ends a test that looks at what only one backend has.
+#[must_use]
+pub fn not_in_process() -> Option<String> {
+    external_backend().map(|name| format!("this is about in-process VMs, not {name}"))
+}
+
+/// Why pods cannot run here, or `None` when they can.
 #[must_use]
 pub fn kvm_missing() -> Option<String> {
+    if external_backend().is_some() {
+        let qemu = Path::new("/usr/bin/qemu-system-x86_64");
+        return (!qemu.exists()).then(|| "QEMU is not installed".to_owned());
+    }
     match std::fs::OpenOptions::new()
         .read(true)
         .write(true)

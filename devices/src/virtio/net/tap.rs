@@ -132,6 +132,12 @@ impl TapDevice {
         self.queues.len()
     }
 
+    /// Its queues, for a VMM in another process.
+    #[must_use]
+    pub fn into_fds(self) -> Vec<OwnedFd> {
+        self.queues.into_iter().map(|queue| queue.fd).collect()
+    }
+
     /// Queue `index`; with fewer queues than the guest has, they are shared.
     pub(super) fn queue(&self, index: usize) -> Option<BorrowedFd<'_>> {
         let usable = self.enabled().max(1);

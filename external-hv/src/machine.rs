@@ -1,0 +1,432 @@
+//! [`ExternalVm`]: [`Vm`] over a VMM in another process.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use devices::virtio::net::TapDevice;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use vmm_core::panic_words;
+use vmm_core::vm::{ExitReason, GuestListener, GuestStream, PhaseReached, Vm, VmError, VmStats};
+
+use crate::hypervisor::{
+    Control, DiskFile, GuestEnd, HvError, Hypervisor, Layout, MachineSpec, Nic,
+};
+use crate::supervisor::{Ended, Job, ShareJob, Supervisor, VsockJob};
+use crate::vsock::{self, PortListener};
+
+/// Address of every guest; nothing is routed by it.
+const GUEST_CID: u32 = 3;
+/// Bytes of console output told in errors.
+const TAIL_BYTES: u64 = 8 << 10;
+
+/// A VM whose VMM is another process. Dropping it ends both.
+#[derive(Debug)]
+pub struct ExternalVm {
+    shared: Arc<Shared>,
+    /// Cards plugged in before the VMM was started.
+    nics: Mutex<Vec<Nic>>,
+    /// The supervisor's program.
+    program: PathBuf,
+}
+
+/// What outlives the [`ExternalVm`] until its processes have ended.
+#[derive(Debug)]
+struct Shared {
+    hypervisor: Arc<dyn Hypervisor>,
+    spec: MachineSpec,
+    layout: Layout,
+    built: Instant,
+    phases: Mutex<Vec<PhaseReached>>,
+    exit: watch::Sender<Option<ExitReason>>,
+    /// The processes have ended and are reaped.
+    gone: watch::Sender<bool>,
+    running: OnceLock<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    supervisor: Arc<Supervisor>,
+    control: OnceLock<Box<dyn Control>>,
+}
+
+impl ExternalVm {
+    /// A VM that does not run yet; `program` is the supervisor's.
+    #[must_use]
+    pub fn new(hypervisor: Arc<dyn Hypervisor>, spec: MachineSpec, program: PathBuf) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                hypervisor,
+                layout: Layout::new(&spec.dir),
+                spec,
+                built: Instant::now(),
+                phases: Mutex::default(),
+                exit: watch::Sender::new(None),
+                gone: watch::Sender::new(false),
+                running: OnceLock::new(),
+            }),
+            nics: Mutex::default(),
+            program,
+        }
+    }
+
+    /// The VM that an earlier daemon started in the folder of `spec`; `None` when it has
+    /// ended meanwhile.
+    ///
+    /// # Errors
+    /// It runs, but cannot be taken over; it is left alone.
+    pub async fn find(
+        hypervisor: Arc<dyn Hypervisor>,
+        spec: MachineSpec,
+        program: PathBuf,
+    ) -> Result<Option<Self>, VmError> {
+        let found = Supervisor::find(&spec.dir).map_err(|source| VmError::Io {
+            what: "cannot find the VM's processes".to_owned(),
+            source,
+        })?;
+        let Some(supervisor) = found else {
+            return Ok(None);
+        };
+        let vm = Self::new(hypervisor, spec, program);
+        vm.shared.follow(supervisor);
+        vm.shared.connect(true).await?;
+        Ok(Some(vm))
+    }
+
+    /// The supervisor's process id, while there is one.
+    #[must_use]
+    pub fn supervisor_pid(&self) -> Option<u32> {
+        self.shared.running.get().map(|r| r.supervisor.pid())
+    }
+
+    fn control(&self) -> Result<&dyn Control, VmError> {
+        self.shared.ensure_running()?;
+        let control = self.shared.running.get().and_then(|r| r.control.get());
+        control
+            .map(AsRef::as_ref)
+            .ok_or(VmError::Exited(ExitReason::Stopped))
+    }
+
+    /// Plugs in a disk.
+    ///
+    /// # Errors
+    /// The VMM refuses, or the slot is taken.
+    pub async fn attach_disk(&self, slot: usize, disk: DiskFile) -> Result<(), VmError> {
+        self.control()?.attach_disk(slot, disk).await
+    }
+
+    /// Unplugs the disk of a slot.
+    ///
+    /// # Errors
+    /// The guest does not let go of it in time.
+    pub async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        self.control()?.detach_disk(slot, deadline).await
+    }
+
+    /// Plugs in vCPUs and memory; returns what the VM has then.
+    ///
+    /// # Errors
+    /// The machine cannot get that large.
+    pub async fn resize(&self, vcpus: u32, memory_bytes: u64) -> Result<(u32, u64), VmError> {
+        self.control()?.resize(vcpus, memory_bytes).await
+    }
+
+    async fn launch(&self) -> Result<(), VmError> {
+        let nics = std::mem::take(&mut *lock(&self.nics));
+        let shared = &self.shared;
+        let launch = shared.hypervisor.launch(&shared.spec, nics)?;
+        let (spec, layout) = (&shared.spec, &shared.layout);
+        let job = Job {
+            name: spec.name.clone(),
+            program: launch.program,
+            args: launch.args,
+            fds: launch.fds.iter().map(|(_, number)| *number).collect(),
+            listens: launch.listens,
+            lifeline: !spec.outlives_daemon,
+            dir: layout.dir().to_owned(),
+            console: layout.console(),
+            console_cap_bytes: spec.console_cap_bytes,
+            share: Some(ShareJob {
+                socket: layout.fs(),
+                tag: spec.share_tag.clone(),
+                root: spec.share.clone(),
+                workers: spec.share_workers,
+                cache: spec.share_cache.into(),
+            }),
+            vsock: launch.our_vsock.then(|| VsockJob {
+                socket: layout.vsock_device(),
+                uds: layout.vsock(),
+                guest_cid: GUEST_CID,
+            }),
+        };
+        let supervisor =
+            Supervisor::launch(&self.program, &job, launch.fds, spec.api_limit).await?;
+        shared.mark_phase("vmm running");
+        shared.follow(supervisor);
+        shared.connect(false).await?;
+        shared.mark_phase("kernel entered");
+        tracing::info!(
+            pod = spec.name,
+            vmm = shared.hypervisor.name(),
+            pid = self.pid(),
+            "machine started"
+        );
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn ensure_running(&self) -> Result<(), VmError> {
+        let reason = self.exit.borrow().clone();
+        reason.map_or(Ok(()), |reason| Err(VmError::Exited(reason)))
+    }
+
+    /// Tells when the processes end.
+    fn follow(self: &Arc<Self>, supervisor: Supervisor) {
+        let running = Running {
+            supervisor: Arc::new(supervisor),
+            control: OnceLock::new(),
+        };
+        let supervisor = Arc::clone(&running.supervisor);
+        let _ = self.running.set(running);
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            let ended = supervisor.ended().await;
+            shared.report(shared.reason(&ended));
+            drop(supervisor);
+            shared.gone.send_replace(true);
+        });
+    }
+
+    /// Connects to the VMM, unless that ends first.
+    async fn connect(&self, running: bool) -> Result<(), VmError> {
+        let mut exited = self.exit.subscribe();
+        let control = tokio::select! {
+            control = self.hypervisor.connect(&self.spec, running) => control,
+            reason = exited.wait_for(Option::is_some) => {
+                let how = match reason.ok().and_then(|reason| reason.clone()) {
+                    Some(ExitReason::Process(how)) => how,
+                    Some(reason) => reason.to_string(),
+                    None => String::new(),
+                };
+                let vmm = self.hypervisor.name();
+                return Err(HvError::EarlyExit { vmm, how }.into());
+            }
+        }?;
+        if let Some(running) = self.running.get() {
+            let _ = running.control.set(control);
+        }
+        Ok(())
+    }
+
+    /// The first reason stays.
+    fn report(&self, reason: ExitReason) {
+        self.exit.send_if_modified(|exit| {
+            let first = exit.is_none();
+            if first {
+                *exit = Some(reason);
+            }
+            first
+        });
+    }
+
+    /// Why the VM ended by itself.
+    fn reason(&self, ended: &Ended) -> ExitReason {
+        if let Some(failure) = &ended.failure {
+            return ExitReason::Device(failure.clone());
+        }
+        if let Some(words) = self.console_tail().and_then(|tail| panic_words(&tail)) {
+            return ExitReason::GuestPanic(words);
+        }
+        let control = self.running.get().and_then(|r| r.control.get());
+        match control.and_then(|control| control.guest_end()) {
+            Some(GuestEnd::Reset) => ExitReason::GuestReset,
+            Some(GuestEnd::TripleFault) => ExitReason::TripleFault,
+            Some(GuestEnd::Panicked) => ExitReason::GuestPanic("reported by the VMM".to_owned()),
+            // A VMM that nobody told to end has seen the guest's end.
+            None if control.is_some() && ended.code == Some(0) => ExitReason::GuestReset,
+            None => ExitReason::Process(format!("{} {ended}", self.hypervisor.name())),
+        }
+    }
+
+    fn console_tail(&self) -> Option<String> {
+        let mut file = File::open(self.layout.console()).ok()?;
+        let len = file.metadata().ok()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))
+            .ok()?;
+        let mut tail = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut tail).ok()?;
+        Some(String::from_utf8_lossy(&tail).into_owned())
+    }
+
+    fn mark_phase(&self, name: &'static str) {
+        let mut phases = lock(&self.phases);
+        if phases.iter().all(|phase| phase.name != name) {
+            phases.push(PhaseReached {
+                name,
+                since: self.built.elapsed(),
+                exits: Default::default(),
+            });
+        }
+    }
+}
+
+impl Drop for ExternalVm {
+    fn drop(&mut self) {
+        self.shared.report(ExitReason::Stopped);
+        if let Some(running) = self.shared.running.get() {
+            running.supervisor.kill();
+        }
+    }
+}
+
+#[async_trait]
+impl Vm for ExternalVm {
+    fn backend(&self) -> &'static str {
+        self.shared.hypervisor.name()
+    }
+
+    async fn start(&self) -> Result<(), VmError> {
+        self.shared.ensure_running()?;
+        let launched = self.launch().await;
+        if launched.is_err()
+            && let Some(running) = self.shared.running.get()
+        {
+            running.supervisor.kill();
+        }
+        launched
+    }
+
+    async fn stop(&self, deadline: Duration) -> Result<(), VmError> {
+        self.shared.report(ExitReason::Stopped);
+        let Some(running) = self.shared.running.get() else {
+            return Ok(());
+        };
+        running.supervisor.terminate();
+        let mut gone = self.shared.gone.subscribe();
+        if timeout(deadline, gone.wait_for(|gone| *gone)).await.is_ok() {
+            return Ok(());
+        }
+        // One that does not react, or is stopped, ends by this.
+        running.supervisor.kill();
+        let gone = timeout(deadline, gone.wait_for(|gone| *gone)).await;
+        gone.map(drop).map_err(|_| VmError::Deadline {
+            what: "stopping the VM",
+            limit: deadline,
+        })
+    }
+
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
+        self.shared.exit.subscribe()
+    }
+
+    async fn connect(
+        &self,
+        port: u32,
+        deadline: Duration,
+    ) -> Result<Box<dyn GuestStream>, VmError> {
+        self.shared.ensure_running()?;
+        let mut exited = self.shared.exit.subscribe();
+        let socket = self.shared.layout.vsock();
+        tokio::select! {
+            stream = vsock::connect(&socket, port, deadline) => {
+                stream.map(|stream| Box::new(stream) as _)
+            }
+            _ = exited.wait_for(Option::is_some) => {
+                self.shared.ensure_running()?;
+                Err(VmError::Exited(ExitReason::Stopped))
+            }
+        }
+    }
+
+    fn listen(&self, port: u32) -> Result<Box<dyn GuestListener>, VmError> {
+        self.shared.ensure_running()?;
+        let socket = self.shared.layout.vsock();
+        Ok(Box::new(PortListener::bind(&socket, port, self.exited())?))
+    }
+
+    fn pid(&self) -> u32 {
+        let running = self.shared.running.get();
+        running.map_or_else(std::process::id, |running| running.supervisor.vmm_pid())
+    }
+
+    fn vcpu_threads(&self) -> Vec<i32> {
+        let control = self.shared.running.get().and_then(|r| r.control.get());
+        control.map_or_else(Vec::new, |control| control.vcpu_threads())
+    }
+
+    fn stats(&self) -> VmStats {
+        VmStats {
+            exits: Default::default(),
+            phases: lock(&self.shared.phases).clone(),
+            memory_bytes: self.shared.spec.memory_bytes,
+            resident_bytes: self.shared.running.get().and_then(|running| {
+                let pid = i32::try_from(running.supervisor.vmm_pid()).ok()?;
+                let memory = procfs::process::Process::new(pid).ok()?.statm().ok()?;
+                memory.resident.checked_mul(procfs::page_size())
+            }),
+        }
+    }
+
+    fn net_slots(&self) -> usize {
+        usize::try_from(self.shared.spec.net_slots).unwrap_or(usize::MAX)
+    }
+
+    async fn attach_nic(&self, slot: usize, tap: TapDevice) -> Result<(), VmError> {
+        self.shared.ensure_running()?;
+        if slot >= self.net_slots() {
+            return Err(VmError::NoNetSlot {
+                slot,
+                slots: self.net_slots(),
+            });
+        }
+        let nic = Nic {
+            slot,
+            queues: tap.into_fds(),
+        };
+        if self.shared.running.get().is_some() {
+            return self.control()?.attach_nic(nic).await;
+        }
+        let mut nics = lock(&self.nics);
+        if nics.iter().any(|other| other.slot == slot) {
+            return Err(VmError::Io {
+                what: format!("network slot {slot} is taken"),
+                source: std::io::ErrorKind::AlreadyExists.into(),
+            });
+        }
+        nics.push(nic);
+        Ok(())
+    }
+
+    async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        if self.shared.running.get().is_some() {
+            return self.control()?.detach_nic(slot, deadline).await;
+        }
+        lock(&self.nics).retain(|nic| nic.slot != slot);
+        Ok(())
+    }
+
+    fn mark_phase(&self, phase: &'static str) {
+        self.shared.mark_phase(phase);
+    }
+
+    fn console_tail(&self) -> Option<String> {
+        self.shared.console_tail()
+    }
+
+    async fn pause(&self) -> Result<(), VmError> {
+        self.control()?.pause().await
+    }
+
+    async fn resume(&self) -> Result<(), VmError> {
+        self.control()?.resume().await
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,392 @@
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use vmm_core::vm::VmError;
+
+use super::command::{mac, unsupported};
+use super::{MachineType, NAME, QemuConfig};
+use crate::hypervisor::{Control, DiskFile, GuestEnd, HvError, Layout, MachineSpec, Nic};
+use crate::qmp::Qmp;
+
+/// Memory is plugged in whole sections of the guest's kernel.
+const MEMORY_STEP_BYTES: u64 = 128 << 20;
+
+/// A running QEMU.
+#[derive(Debug)]
+pub(super) struct QemuControl {
+    qmp: Qmp,
+    config: Arc<QemuConfig>,
+    events: Arc<Events>,
+    threads: Mutex<Vec<i32>>,
+    /// Root ports in use, by device.
+    ports: Mutex<BTreeMap<u32, String>>,
+    memory_bytes: u64,
+    /// One hotplug at a time.
+    plugging: tokio::sync::Mutex<()>,
+}
+
+/// What QEMU has told by itself.
+#[derive(Debug, Default)]
+struct Events {
+    guest_end: Mutex<Option<GuestEnd>>,
+    /// Ids of devices that the guest has let go of.
+    deleted: watch::Sender<Vec<String>>,
+}
+
+impl Events {
+    fn take(&self, name: &str, data: &Value) {
+        let text = |key| data.get(key).and_then(Value::as_str);
+        match name {
+            "SHUTDOWN" => {
+                let end = match text("reason") {
+                    Some("guest-panic") => GuestEnd::Panicked,
+                    Some("guest-reset" | "guest-shutdown" | "subsystem-reset") => GuestEnd::Reset,
+                    _ => return,
+                };
+                lock(&self.guest_end).get_or_insert(end);
+            }
+            "GUEST_PANICKED" => *lock(&self.guest_end) = Some(GuestEnd::Panicked),
+            "DEVICE_DELETED" => {
+                if let Some(device) = text("device") {
+                    self.deleted.send_modify(|ids| ids.push(device.to_owned()));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl QemuControl {
+    pub(super) async fn connect(
+        config: Arc<QemuConfig>,
+        spec: &MachineSpec,
+    ) -> Result<Self, HvError> {
+        let events = Arc::new(Events::default());
+        let sink = Arc::clone(&events);
+        let api = Layout::new(&spec.dir).api();
+        let qmp = Qmp::connect(NAME, &api, spec.api_limit, move |(name, data)| {
+            tracing::debug!(event = name, %data, "QEMU");
+            sink.take(name, data);
+        })
+        .await?;
+        let control = Self {
+            qmp,
+            config,
+            events,
+            threads: Mutex::default(),
+            ports: Mutex::default(),
+            memory_bytes: spec.memory_bytes,
+            plugging: tokio::sync::Mutex::default(),
+        };
+        control.find_threads().await?;
+        control.find_ports().await?;
+        Ok(control)
+    }
+
+    async fn find_threads(&self) -> Result<(), HvError> {
+        let cpus = self.qmp.execute("query-cpus-fast", json!({})).await?;
+        let threads = cpus.as_array().into_iter().flatten();
+        let threads = threads.filter_map(|cpu| cpu.get("thread-id")?.as_i64());
+        *lock(&self.threads) = threads.filter_map(|id| i32::try_from(id).ok()).collect();
+        Ok(())
+    }
+
+    /// Finds the root ports that are taken, also since an earlier daemon.
+    async fn find_ports(&self) -> Result<(), HvError> {
+        if !self.has_ports() {
+            return Ok(());
+        }
+        let buses = self.qmp.execute("query-pci", json!({})).await?;
+        let mut ports = BTreeMap::new();
+        let devices = buses.as_array().into_iter().flatten();
+        let devices = devices.filter_map(|bus| bus.get("devices")?.as_array());
+        for device in devices.flatten() {
+            let id = device.get("qdev_id").and_then(Value::as_str).unwrap_or("");
+            let port = id.strip_prefix("rp").and_then(|port| port.parse().ok());
+            let behind = device.pointer("/pci_bridge/devices/0/qdev_id");
+            if let (Some(port), Some(behind)) = (port, behind.and_then(Value::as_str)) {
+                ports.insert(port, behind.to_owned());
+            }
+        }
+        *lock(&self.ports) = ports;
+        Ok(())
+    }
+
+    fn has_ports(&self) -> bool {
+        matches!(self.config.machine, MachineType::Q35 | MachineType::Virt)
+    }
+
+    /// Where `device` goes.
+    fn take_bus(&self, device: &str) -> Result<String, VmError> {
+        if self.config.machine == MachineType::Microvm {
+            return Err(unsupported("plug devices into a microvm"));
+        }
+        if !self.has_ports() {
+            return Ok("pci.0".to_owned());
+        }
+        let mut ports = lock(&self.ports);
+        let free = (0..self.config.hotplug_slots).find(|port| !ports.contains_key(port));
+        let port = free.ok_or_else(|| {
+            VmError::from(HvError::Refused {
+                vmm: NAME,
+                request: format!("a place for {device}"),
+                why: format!(
+                    "all {} are taken; set hypervisor.qemu.hotplug_slots",
+                    self.config.hotplug_slots
+                ),
+            })
+        })?;
+        ports.insert(port, device.to_owned());
+        Ok(format!("rp{port}"))
+    }
+
+    fn free_bus(&self, device: &str) {
+        lock(&self.ports).retain(|_, behind| behind != device);
+    }
+
+    /// Adds a device; its place is free again if it cannot be.
+    async fn add_device(&self, device: &str, mut arguments: Value) -> Result<(), VmError> {
+        let bus = self.take_bus(device)?;
+        if let Some(arguments) = arguments.as_object_mut() {
+            arguments.insert("bus".to_owned(), bus.into());
+            arguments.insert("id".to_owned(), device.into());
+        }
+        let added = self.qmp.execute("device_add", arguments).await;
+        if added.is_err() {
+            self.free_bus(device);
+        }
+        added.map(drop).map_err(VmError::from)
+    }
+
+    /// Asks the guest to let go of a device, and waits until it has.
+    async fn remove_device(&self, device: &str, limit: Duration) -> Result<(), VmError> {
+        let mut deleted = self.events.deleted.subscribe();
+        self.qmp
+            .execute("device_del", json!({ "id": device }))
+            .await?;
+        let gone = deleted.wait_for(|ids| ids.iter().any(|id| id == device));
+        let gone = timeout(limit, gone).await.is_ok();
+        if !gone {
+            return Err(VmError::Deadline {
+                what: "the guest to let go of a device",
+                limit,
+            });
+        }
+        self.events
+            .deleted
+            .send_modify(|ids| ids.retain(|id| id != device));
+        self.free_bus(device);
+        Ok(())
+    }
+
+    async fn add_vcpus(&self, wanted: usize) -> Result<(), VmError> {
+        let cpus = self
+            .qmp
+            .execute("query-hotpluggable-cpus", json!({}))
+            .await?;
+        let mut free: Vec<&Value> = cpus
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|cpu| cpu.get("qom-path").is_none())
+            .collect();
+        let place = |cpu: &&Value| {
+            let part = |key: &str| {
+                let part = cpu.pointer(&format!("/props/{key}"));
+                part.and_then(Value::as_u64).unwrap_or(0)
+            };
+            (part("socket-id"), part("core-id"), part("thread-id"))
+        };
+        free.sort_by_key(place);
+        let mut now = lock(&self.threads).len();
+        for cpu in free {
+            if now >= wanted {
+                break;
+            }
+            let mut arguments = cpu.get("props").cloned().unwrap_or_else(|| json!({}));
+            if let Some(arguments) = arguments.as_object_mut() {
+                let driver = cpu.get("type").cloned().unwrap_or(Value::Null);
+                arguments.insert("driver".to_owned(), driver);
+                arguments.insert("id".to_owned(), format!("cpu{now}").into());
+            }
+            self.qmp.execute("device_add", arguments).await?;
+            now = now.saturating_add(1);
+        }
+        self.find_threads().await?;
+        Ok(())
+    }
+
+    /// Memory at boot and what was plugged in.
+    async fn memory(&self) -> Result<(u64, usize), HvError> {
+        let devices = self.qmp.execute("query-memory-devices", json!({})).await?;
+        let devices = devices.as_array().cloned().unwrap_or_default();
+        let plugged = devices
+            .iter()
+            .filter_map(|device| device.pointer("/data/size")?.as_u64())
+            .fold(0_u64, u64::saturating_add);
+        Ok((self.memory_bytes.saturating_add(plugged), devices.len()))
+    }
+
+    async fn add_memory(&self, bytes: u64, index: usize) -> Result<(), VmError> {
+        let backing = format!("ram{}", index.saturating_add(1));
+        let object = json!({
+            "qom-type": "memory-backend-memfd", "id": backing, "size": bytes, "share": true,
+            "hugetlb": self.config.hugepages,
+        });
+        self.qmp.execute("object-add", object).await?;
+        let dimm = json!({
+            "driver": "pc-dimm", "id": format!("dimm{}", index.saturating_add(1)),
+            "memdev": backing,
+        });
+        if let Err(err) = self.qmp.execute("device_add", dimm).await {
+            let _ = self
+                .qmp
+                .execute("object-del", json!({ "id": backing }))
+                .await;
+            return Err(err.into());
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Control for QemuControl {
+    fn vcpu_threads(&self) -> Vec<i32> {
+        lock(&self.threads).clone()
+    }
+
+    fn guest_end(&self) -> Option<GuestEnd> {
+        *lock(&self.events.guest_end)
+    }
+
+    async fn pause(&self) -> Result<(), VmError> {
+        self.qmp.execute("stop", json!({})).await?;
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), VmError> {
+        self.qmp.execute("cont", json!({})).await?;
+        Ok(())
+    }
+
+    async fn attach_nic(&self, nic: Nic) -> Result<(), VmError> {
+        let _plugging = self.plugging.lock().await;
+        let slot = nic.slot;
+        let mut names = Vec::with_capacity(nic.queues.len());
+        for (index, queue) in nic.queues.iter().enumerate() {
+            let name = format!("tap{slot}q{index}");
+            let arguments = json!({ "fdname": name });
+            self.qmp
+                .execute_with("getfd", arguments, Some(queue.as_fd()))
+                .await?;
+            names.push(name);
+        }
+        let netdev = format!("net{slot}");
+        self.qmp
+            .execute(
+                "netdev_add",
+                json!({ "type": "tap", "id": netdev, "fds": names.join(":"), "vhost": false }),
+            )
+            .await?;
+        let mut card = json!({
+            "driver": "virtio-net-pci", "netdev": netdev, "mac": mac(slot), "romfile": "",
+        });
+        if let (Some(card), true) = (card.as_object_mut(), names.len() > 1) {
+            let vectors = names.len().saturating_mul(2).saturating_add(2);
+            card.insert("mq".to_owned(), true.into());
+            card.insert("vectors".to_owned(), vectors.into());
+        }
+        let added = self.add_device(&format!("nic{slot}"), card).await;
+        if added.is_err() {
+            let _ = self
+                .qmp
+                .execute("netdev_del", json!({ "id": netdev }))
+                .await;
+        }
+        added
+    }
+
+    async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        let _plugging = self.plugging.lock().await;
+        self.remove_device(&format!("nic{slot}"), deadline).await?;
+        let netdev = json!({ "id": format!("net{slot}") });
+        self.qmp.execute("netdev_del", netdev).await?;
+        Ok(())
+    }
+
+    async fn attach_disk(&self, slot: usize, disk: DiskFile) -> Result<(), VmError> {
+        use std::os::unix::fs::FileTypeExt;
+        let _plugging = self.plugging.lock().await;
+        let failed = |source| VmError::Io {
+            what: format!("cannot use {} as a disk", disk.path.display()),
+            source,
+        };
+        let kind = std::fs::metadata(&disk.path).map_err(failed)?.file_type();
+        let driver = if kind.is_block_device() {
+            "host_device"
+        } else {
+            "file"
+        };
+        let node = format!("blk{slot}");
+        self.qmp
+            .execute(
+                "blockdev-add",
+                json!({
+                    "driver": "raw", "node-name": node, "read-only": disk.read_only,
+                    "discard": "unmap", "cache": { "direct": disk.direct },
+                    "file": {
+                        "driver": driver, "filename": disk.path, "read-only": disk.read_only,
+                        "discard": "unmap", "cache": { "direct": disk.direct },
+                    },
+                }),
+            )
+            .await?;
+        let device = json!({
+            "driver": "virtio-blk-pci", "drive": node, "serial": disk.serial,
+        });
+        let added = self.add_device(&format!("disk{slot}"), device).await;
+        if added.is_err() {
+            let gone = json!({ "node-name": node });
+            let _ = self.qmp.execute("blockdev-del", gone).await;
+        }
+        added
+    }
+
+    async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        let _plugging = self.plugging.lock().await;
+        self.remove_device(&format!("disk{slot}"), deadline).await?;
+        let node = json!({ "node-name": format!("blk{slot}") });
+        self.qmp.execute("blockdev-del", node).await?;
+        Ok(())
+    }
+
+    async fn resize(&self, vcpus: u32, memory_bytes: u64) -> Result<(u32, u64), VmError> {
+        let _plugging = self.plugging.lock().await;
+        if self.config.machine == MachineType::Microvm {
+            return Err(unsupported("change the size of a microvm"));
+        }
+        let wanted = usize::try_from(vcpus).unwrap_or(usize::MAX);
+        if wanted > lock(&self.threads).len() {
+            self.add_vcpus(wanted).await?;
+        }
+        let (now, plugged) = self.memory().await?;
+        let missing = memory_bytes.saturating_sub(now);
+        let missing = missing / MEMORY_STEP_BYTES * MEMORY_STEP_BYTES;
+        if missing > 0 {
+            self.add_memory(missing, plugged).await?;
+        }
+        let (now, _) = self.memory().await?;
+        let vcpus = lock(&self.threads).len();
+        Ok((u32::try_from(vcpus).unwrap_or(u32::MAX), now))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

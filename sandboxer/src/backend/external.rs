@@ -1,0 +1,142 @@
+//! Pods in VMs of an external hypervisor.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use devices::virtio::fs::CachePolicy;
+use external_hv::qemu::Qemu;
+use external_hv::{ExternalVm, MachineSpec, hypervisor, supervisor};
+use tracing::warn;
+use vmm_core::Host;
+use vmm_core::vm::{Vm, VmError};
+
+use super::vmm::BackendError;
+use super::{MachineRequest, SandboxBackend};
+use crate::causes::with_causes;
+use crate::config::{Config, FsCache, GuestFiles, HypervisorKind};
+
+/// Makes VMs of one hypervisor.
+#[derive(Debug)]
+pub struct ExternalBackend {
+    hypervisor: Arc<dyn hypervisor::Hypervisor>,
+    config: Config,
+    guest: GuestFiles,
+    supervisor: PathBuf,
+    environment: BTreeMap<String, String>,
+    slow: bool,
+    outlives_daemon: bool,
+}
+
+impl ExternalBackend {
+    /// Finds the hypervisor's program, the guest and what this host can do.
+    ///
+    /// # Errors
+    /// One of them is missing.
+    pub async fn new(config: &Config, outlives_daemon: bool) -> Result<Self, BackendError> {
+        let config = config.clone();
+        // The probe runs a throw-away VM.
+        tokio::task::spawn_blocking(move || Self::probe(config, outlives_daemon))
+            .await
+            .unwrap_or_else(|e| Err(BackendError::Supervisor(e.to_string())))
+    }
+
+    fn probe(config: Config, outlives_daemon: bool) -> Result<Self, BackendError> {
+        let guest = config.vm.guest_files()?;
+        let supervisor = supervisor_program(&config)?;
+        let host = Host::probe().map_err(|e| with_causes(&e));
+        let environment = host.as_ref().map_or(&[][..], Host::guest_environment);
+        let environment: BTreeMap<_, _> = environment
+            .iter()
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        let HypervisorKind::Qemu = config.hypervisor.kind;
+        let (qemu, notice) = Qemu::new(config.hypervisor.qemu.adapter(), &host)?;
+        if let Some(notice) = notice {
+            warn!("{notice}");
+        }
+        let on_host = qemu.emulated_ring0();
+        Ok(Self {
+            slow: on_host || qemu.translates(),
+            environment: if on_host {
+                environment
+            } else {
+                BTreeMap::new()
+            },
+            hypervisor: Arc::new(qemu),
+            config,
+            guest,
+            supervisor,
+            outlives_daemon,
+        })
+    }
+
+    fn spec(&self, request: MachineRequest) -> MachineSpec {
+        let (vm, fs) = (&self.config.vm, &self.config.fs);
+        MachineSpec {
+            name: request.pod,
+            vcpus: request.vcpus,
+            memory_bytes: request.memory_bytes,
+            kernel: self.guest.kernel.clone(),
+            initramfs: Some(self.guest.initramfs.clone()),
+            cmdline: vm.kernel_params.clone(),
+            dir: request.dir,
+            share: request.share,
+            share_tag: agent_api::SHARE_TAG.to_owned(),
+            share_workers: fs.workers,
+            share_cache: match fs.cache {
+                FsCache::Never => CachePolicy::Never,
+                FsCache::Auto => CachePolicy::Auto,
+                FsCache::Always => CachePolicy::Always,
+            },
+            console_cap_bytes: vm.serial_log_bytes.as_u64(),
+            net_slots: vm.net_slots,
+            api_limit: self.config.hypervisor.api_timeout,
+            outlives_daemon: self.outlives_daemon,
+        }
+    }
+}
+
+/// As configured, or the one installed beside the running program.
+fn supervisor_program(config: &Config) -> Result<PathBuf, BackendError> {
+    let path = match &config.hypervisor.supervisor {
+        Some(path) => path.clone(),
+        None => {
+            let own = std::env::current_exe();
+            let own = own.map_err(|e| BackendError::Supervisor(e.to_string()))?;
+            let folder = own.parent().map(PathBuf::from).unwrap_or_default();
+            let beside = folder.join(supervisor::PROGRAM);
+            // A test lies in a folder below that of the programs.
+            let above = folder.join("..").join(supervisor::PROGRAM);
+            if !beside.exists() && folder.ends_with("deps") {
+                above
+            } else {
+                beside
+            }
+        }
+    };
+    hypervisor::check_program("hypervisor.supervisor", &path)?;
+    Ok(path)
+}
+
+#[async_trait]
+impl SandboxBackend for ExternalBackend {
+    fn name(&self) -> &'static str {
+        self.hypervisor.name()
+    }
+
+    fn slow_kernel(&self) -> bool {
+        self.slow
+    }
+
+    fn guest_environment(&self) -> BTreeMap<String, String> {
+        self.environment.clone()
+    }
+
+    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
+        let hypervisor = Arc::clone(&self.hypervisor);
+        let vm = ExternalVm::new(hypervisor, self.spec(request), self.supervisor.clone());
+        Ok(Arc::new(vm))
+    }
+}
