@@ -12,14 +12,14 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use e2e::World;
 use harness::ctl::Ctl;
 use harness::image::{Image, Layer};
-use harness::{bin_dir, kvm_missing, skip_if};
+use harness::{kvm_missing, skip_if};
 use serde_json::{Value, json};
 
 /// A process in an emulated guest kernel starts slowly.
