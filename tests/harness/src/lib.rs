@@ -22,6 +22,7 @@ pub mod leftovers;
 pub mod netns;
 pub mod pty;
 pub mod rootfs;
+pub mod wasm;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,0 +1,123 @@
+//! WASI 0.2: sockets in the lane's network, and servers of HTTP requests.
+
+use super::*;
+use std::net::SocketAddr;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use wasm_host::Network;
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn a_tcp_server_serves_where_it_may() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::echo()).await;
+    assert_eq!(program.kind(), "component");
+    let port = free_port().to_string();
+    let denied = settings(&[&port]);
+    let (code, out, _) = run(&program, denied.clone()).await;
+    assert_eq!(code, 1, "{out}");
+
+    let granted = Settings {
+        network: Network::Namespace,
+        ..denied
+    };
+    let mut server = start(&program, granted).await;
+    server.says("listening").await;
+    for _ in 0..2 {
+        let mut client = TcpStream::connect(format!("127.0.0.1:{port}"))
+            .await
+            .unwrap();
+        client.write_all(b"to a guest and back").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut back = String::new();
+        client.read_to_string(&mut back).await.unwrap();
+        assert_eq!(back, "to a guest and back");
+    }
+    // It waits in accept.
+    server.process.signal(15);
+    assert_eq!(server.end().await.0.code, 143);
+}
+
+#[tokio::test]
+async fn names_are_looked_up_where_that_is_granted() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::echo()).await;
+    let mut lookup = settings(&["lookup", "localhost"]);
+    let (code, out, _) = run(&program, lookup.clone()).await;
+    assert_eq!(code, 1, "{out}");
+    lookup.network = Network::Namespace;
+    let (code, out, _) = run(&program, lookup).await;
+    assert!(
+        code == 0 && out.ends_with("addresses\n") && !out.starts_with('0'),
+        "{out}"
+    );
+}
+
+async fn get(address: SocketAddr, path: &str) -> String {
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    client.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn a_proxy_serves_requests_side_by_side() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::proxy()).await;
+    assert!(program.is_proxy());
+    let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
+    let settings = Settings {
+        http_listen: Some(address),
+        ..settings(&[])
+    };
+    let server = start(&program, settings.clone()).await;
+    let answer = get(address, "/").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("Hello from a component"), "{answer}");
+    let answer = get(address, "/trap").await;
+    assert!(answer.starts_with("HTTP/1.1 500"), "{answer}");
+    // One that computes for ever holds up nobody.
+    let mut hog = TcpStream::connect(address).await.unwrap();
+    hog.write_all(b"GET /spin HTTP/1.1\r\nHost: test\r\n\r\n")
+        .await
+        .unwrap();
+    for _ in 0..5 {
+        assert!(get(address, "/").await.contains("Hello"));
+    }
+    // The address is taken as long as it serves.
+    let container = host().container(settings);
+    let error = container
+        .start(lane(), &program, Stdio::default())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+    server.process.signal(9);
+    let (exit, _, err) = server.end().await;
+    assert_eq!(exit.code, 137);
+    assert!(err.contains("unreachable"), "{err}");
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_asked_to_end_finishes_what_is_under_way() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::proxy()).await;
+    let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
+    let settings = Settings {
+        http_listen: Some(address),
+        ..settings(&[])
+    };
+    let server = start(&program, settings).await;
+    // A connection that is kept open and silent does not hold it up.
+    let idle = TcpStream::connect(address).await.unwrap();
+    assert!(get(address, "/").await.contains("Hello"));
+    server.process.signal(15);
+    let (exit, _, _) = server.end().await;
+    assert_eq!((exit.code, exit.ended), (0, Ended::Exited));
+    drop(idle);
+}

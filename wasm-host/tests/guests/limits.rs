@@ -1,0 +1,172 @@
+//! Memory, CPU, time and handles, and who else notices.
+
+use super::*;
+use wasm_host::{CpuQuota, Limits};
+
+fn limited(args: &[&str], limits: Limits) -> Settings {
+    Settings {
+        limits,
+        ..settings(args)
+    }
+}
+
+const MIB: u64 = 1 << 20;
+
+fn memory(bytes: u64) -> Limits {
+    Limits {
+        memory_bytes: Some(bytes),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn memory_ends_at_the_limit_and_is_given_back() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    // A host of its own, to see all of its memory.
+    let host = Host::new(HostConfig {
+        max_instances: 16,
+        total_memory_bytes: 64 * MIB,
+        ..Default::default()
+    })
+    .unwrap();
+    let program = host
+        .load_bytes("suite", &harness::wasm::suite())
+        .await
+        .unwrap();
+    let start = async |settings: Settings| {
+        let (stdout, out) = tokio::io::duplex(1 << 16);
+        let (stderr, err) = tokio::io::duplex(1 << 16);
+        let stdio = Stdio {
+            stdout: Some(Box::new(out)),
+            stderr: Some(Box::new(err)),
+            ..Default::default()
+        };
+        let container = host.container(settings);
+        let process = container.start(lane(), &program, stdio).await.unwrap();
+        Started {
+            container,
+            process,
+            stdout,
+            stderr,
+        }
+    };
+    let hog = start(limited(&["eat", "100"], memory(16 * MIB))).await;
+    let container = hog.container.clone();
+    let (exit, out, err) = hog.end().await;
+    assert!(out.starts_with("refused after 1"), "{out}");
+    assert_eq!((exit.code, exit.ended), (3, Ended::OutOfMemory));
+    assert!(err.contains("out of memory"), "{err}");
+    let stats = container.stats();
+    assert!(stats.memory_peak_bytes > 8 * MIB && stats.memory_peak_bytes <= 16 * MIB);
+    assert_eq!((stats.memory_bytes, stats.out_of_memory), (0, 1));
+
+    // Together they have no more than the host gives; whoever comes first has it.
+    let mut holder = start(settings(&["eat", "40", "3600"])).await;
+    holder.says("have 40").await;
+    let (exit, out, _) = start(settings(&["eat", "40"])).await.end().await;
+    assert!(out.starts_with("refused after"), "{out}");
+    assert_eq!(exit.ended, Ended::OutOfMemory);
+    holder.process.signal(9);
+    holder.end().await;
+    assert_eq!(host.memory_bytes(), 0);
+    let (exit, out, _) = start(settings(&["eat", "40"])).await.end().await;
+    assert_eq!((exit.code, out.as_str()), (0, "have 40\n"));
+}
+
+#[tokio::test]
+async fn a_limit_below_the_start_is_refused() {
+    let program = load(b"(module (memory 4) (func (export \"_start\")))").await;
+    let container = host().container(limited(&[], memory(100_000)));
+    let error = container
+        .start(lane(), &program, Stdio::default())
+        .await
+        .unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("262144") && error.contains("100000"),
+        "{error}"
+    );
+    let container = host().container(limited(&[], memory(262_144)));
+    let process = container
+        .start(lane(), &program, Stdio::default())
+        .await
+        .unwrap();
+    assert_eq!(process.wait().await.code, 0);
+}
+
+#[tokio::test]
+async fn a_quota_is_kept() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let quota = CpuQuota {
+        quota: Duration::from_millis(20),
+        period: Duration::from_millis(100),
+    };
+    let limits = Limits {
+        cpu_quota: Some(quota),
+        wall_time: Some(Duration::from_secs(2)),
+        ..Default::default()
+    };
+    let started = start(&suite().await, limited(&["spin"], limits)).await;
+    let container = started.container.clone();
+    let (exit, _, _) = started.end().await;
+    assert_eq!((exit.code, exit.ended), (137, Ended::WallTime));
+    let stats = container.stats();
+    // Twenty periods of 20 ms; the last turn may be one too many.
+    assert!(stats.cpu <= Duration::from_millis(500), "{stats:?}");
+    assert!(stats.cpu >= Duration::from_millis(20), "{stats:?}");
+    assert!(
+        stats.throttled > 0 && stats.throttled_time > Duration::ZERO,
+        "{stats:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_hog_takes_only_its_turns() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let mut hogs = Vec::new();
+    for _ in 0..3 {
+        hogs.push(start(&suite().await, settings(&["spin"])).await);
+    }
+    // On the same thread as the hogs.
+    let (code, out, _) = run(&suite().await, settings(&["clocks"])).await;
+    assert_eq!((code, out.as_str()), (0, "ok\n"));
+    for hog in hogs {
+        hog.process.signal(9);
+        assert_eq!(hog.end().await.0.code, 137);
+    }
+}
+
+#[tokio::test]
+async fn handles_and_tables_are_limited() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits {
+        handles: 50,
+        ..Default::default()
+    };
+    let mut few = limited(&["many", "/d"], limits);
+    few.mounts = vec![wasm_host::Mount {
+        host: dir.path().to_owned(),
+        guest: "/d".to_owned(),
+        read_only: true,
+    }];
+    let (exit, out, err) = start(&suite().await, few).await.end().await;
+    let files: Option<u32> = out.split(' ').next().and_then(|n| n.parse().ok());
+    assert!(
+        files.is_some_and(|files| files < 50) || exit.code == 134,
+        "{out} {err} {exit:?}"
+    );
+
+    let program = load(
+        b"(module (table 1 funcref) (func (export \"_start\")
+            (if (i32.ne (table.grow (ref.null func) (i32.const 1000)) (i32.const -1))
+              (then unreachable))))",
+    )
+    .await;
+    let limits = Limits {
+        table_elements: 100,
+        ..Default::default()
+    };
+    let (code, _, err) = run(&program, limited(&[], limits)).await;
+    assert_eq!(code, 0, "{err}");
+}
