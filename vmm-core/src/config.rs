@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::arch;
 use crate::device_set::DeviceSet;
 use crate::host::Host;
+use crate::memory::HOTPLUG_ALIGN_BYTES;
 
 /// Fewest bytes of memory a Linux guest boots with.
 pub const MIN_MEMORY_BYTES: u64 = 64 << 20;
@@ -186,6 +187,10 @@ pub(crate) fn validate_devices(devices: &DeviceSet) -> Result<(), ConfigError> {
             most,
         });
     }
+    let hotplug = devices.hotplug_bytes();
+    if !hotplug.is_multiple_of(HOTPLUG_ALIGN_BYTES) {
+        return Err(ConfigError::HotplugMemory { value: hotplug });
+    }
     let slots = devices.disk_slots();
     if slots > MAX_DISK_SLOTS || slots > 0 && devices.len() == most {
         return Err(ConfigError::TooManyDiskSlots {
@@ -285,6 +290,12 @@ pub enum ConfigError {
     /// Memory too small or not in whole pages.
     #[error("memory_bytes = {value}: use a multiple of 4096, at least {MIN_MEMORY_BYTES} (64 MiB)")]
     Memory {
+        /// As configured.
+        value: u64,
+    },
+    /// Memory to be plugged in that Linux cannot use.
+    #[error("devices: {value} bytes of memory to be plugged in: use a multiple of 128 MiB")]
+    HotplugMemory {
         /// As configured.
         value: u64,
     },

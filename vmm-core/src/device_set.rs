@@ -24,8 +24,14 @@ pub struct DeviceSet {
     pub(crate) devices: Vec<NamedDevice>,
     pub(crate) vsock: Option<VsockHandle>,
     pub(crate) nets: Vec<NetHandle>,
+    pub(crate) balloon: bool,
+    pub(crate) hotplug_bytes: u64,
     pub(crate) disks: Vec<Option<Disk>>,
 }
+
+/// Names of the devices that a machine makes itself, around its memory.
+pub(crate) const BALLOON: &str = "balloon";
+pub(crate) const MEM: &str = "mem";
 
 impl DeviceSet {
     /// None yet.
@@ -77,6 +83,39 @@ impl DeviceSet {
         Ok(self.with_device(name, Box::new(net)))
     }
 
+    /// Adds a balloon through which the guest reports free pages, which go back to the host.
+    #[must_use]
+    pub fn with_balloon(mut self) -> Self {
+        self.balloon = true;
+        self
+    }
+
+    /// Adds a memory device that can give the guest `bytes` more while it runs, a multiple of
+    /// [`crate::memory::HOTPLUG_ALIGN_BYTES`]: [`crate::vm::Vm::resize`]. None for zero.
+    #[must_use]
+    pub fn with_hotplug_memory(mut self, bytes: u64) -> Self {
+        self.hotplug_bytes = bytes;
+        self
+    }
+
+    /// What the memory device can add.
+    #[must_use]
+    pub fn hotplug_bytes(&self) -> u64 {
+        self.hotplug_bytes
+    }
+
+    /// Names of all devices in order.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let own = [
+            self.balloon.then_some(BALLOON),
+            (self.hotplug_bytes > 0).then_some(MEM),
+        ];
+        let added = self.devices.iter().map(|device| device.name.clone());
+        added
+            .chain(own.into_iter().flatten().map(str::to_owned))
+            .collect()
+    }
+
     /// Adds `count` disk slots, which [`crate::vm::Vm::attach_disk`] plugs disks into. They
     /// come behind all devices.
     #[must_use]
@@ -105,12 +144,13 @@ impl DeviceSet {
     /// How many, without the disk slots.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.devices.len()
+        let own = usize::from(self.balloon).saturating_add((self.hotplug_bytes > 0).into());
+        self.devices.len().saturating_add(own)
     }
 
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.devices.is_empty()
+        self.len() == 0
     }
 }

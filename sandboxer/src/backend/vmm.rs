@@ -14,6 +14,7 @@ use external_hv::HvError;
 use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
+use vmm_core::memory::HOTPLUG_ALIGN_BYTES;
 use vmm_core::vm::{Disk, Vm, VmError};
 use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
 
@@ -105,7 +106,8 @@ impl VmmBackend {
             .await
             .map_err(|e| HostError::Probe(e.to_string()))??;
         if let Some(templates) = &backend.templates {
-            templates.manager.refill(backend.vm.vcpus);
+            let vcpus = backend.built_vcpus(backend.vm.vcpus);
+            templates.manager.refill(vcpus);
         }
         Ok(backend)
     }
@@ -183,7 +185,8 @@ impl VmmBackend {
         let mut machine = self.guest_config("template", vcpus, memory_bytes);
         let (fs, vm, limit) = (self.fs.clone(), self.vm.clone(), self.boot_limit);
         let make = move |share: &Path| {
-            machine.devices = devices(&fs, &vm, share, None).map_err(BuildTemplateError::Start)?;
+            machine.devices =
+                devices(&fs, &vm, memory_bytes, share, None).map_err(BuildTemplateError::Start)?;
             Ok(TemplateMachine {
                 config: machine,
                 limit,
@@ -203,7 +206,8 @@ impl VmmBackend {
 
     fn devices(&self, request: &MachineRequest) -> Result<DeviceSet, VmError> {
         let socket = self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET));
-        let devices = devices(&self.fs, &self.vm, &request.share, socket)?;
+        let memory_bytes = request.memory_bytes;
+        let devices = devices(&self.fs, &self.vm, memory_bytes, &request.share, socket)?;
         let plug = |devices: DeviceSet, (slot, disk): &(usize, Disk)| {
             if *slot >= devices.disk_slots() {
                 return Err(VmError::NoDiskSlot {
@@ -219,16 +223,28 @@ impl VmmBackend {
     /// Names what [`devices`] makes.
     fn device_names(&self) -> String {
         let vm = &self.vm;
-        format!("{DEVICES} net*{} disk*{}", vm.net_slots, vm.disk_slots)
+        format!(
+            "{DEVICES} net*{} disk*{} balloon={} max_memory={:?} max_vcpus={:?}",
+            vm.net_slots, vm.disk_slots, vm.balloon, vm.max_memory, vm.max_vcpus
+        )
+    }
+
+    /// vCPUs of a machine that starts with `vcpus`.
+    fn built_vcpus(&self, vcpus: u32) -> u32 {
+        self.vm.max_vcpus.map_or(vcpus, |most| most.max(vcpus))
     }
 
     /// What a template and the machines that boot have in common.
     fn guest_config(&self, name: &str, vcpus: u32, memory_bytes: u64) -> MachineConfig {
         let mut machine = MachineConfig::new(name, &self.guest.kernel);
-        machine.vcpus = vcpus;
+        machine.vcpus = self.built_vcpus(vcpus);
         machine.memory_bytes = memory_bytes;
         machine.initramfs = Some(self.guest.initramfs.clone());
         machine.cmdline.clone_from(&self.vm.kernel_params);
+        if machine.vcpus > vcpus {
+            // The agent brings the others online when they are needed.
+            machine.cmdline = format!("{} maxcpus={vcpus}", machine.cmdline);
+        }
         machine.discovery = match self.vm.discovery {
             DeviceDiscovery::Auto => Discovery::Auto,
             DeviceDiscovery::Acpi => Discovery::Acpi,
@@ -258,6 +274,7 @@ impl VmmBackend {
 fn devices(
     fs: &config::Fs,
     vm: &config::Vm,
+    memory_bytes: u64,
     share: &Path,
     vsock_socket: Option<PathBuf>,
 ) -> Result<DeviceSet, VmError> {
@@ -287,8 +304,16 @@ fn devices(
             .with_net(NetConfig::new(mac))
             .map_err(backend_error)?;
     }
+    if vm.balloon {
+        devices = devices.with_balloon();
+    }
+    let most = vm.max_memory.map_or(0, |most| most.as_u64());
+    let more = most.saturating_sub(memory_bytes);
+    let more = more.checked_next_multiple_of(HOTPLUG_ALIGN_BYTES);
     let slots = usize::try_from(vm.disk_slots).unwrap_or(usize::MAX);
-    Ok(devices.with_disk_slots(slots))
+    Ok(devices
+        .with_hotplug_memory(more.unwrap_or(0))
+        .with_disk_slots(slots))
 }
 
 #[async_trait]
@@ -344,7 +369,8 @@ impl SandboxBackend for VmmBackend {
         let template = self.template(request.vcpus, request.memory_bytes).await;
         let cloned = match template {
             Ok(template) => {
-                let shell = templates.manager.shell(request.vcpus);
+                let vcpus = self.built_vcpus(request.vcpus);
+                let shell = templates.manager.shell(vcpus);
                 let config = self.clone_config(&request)?;
                 blocking(move || Machine::restore(&host, config, &template, shell))
                     .await

@@ -7,6 +7,7 @@ use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
 use super::disk::DiskArg;
+use super::update::UpdateArgs;
 use super::values::{self, Cpus, Volume};
 use crate::config::Overrides;
 use crate::image::UserSpec;
@@ -70,6 +71,7 @@ pub(super) enum Command {
     Pause(FreezeArgs),
     /// Lets a paused pod run again
     Resume(FreezeArgs),
+    Update(UpdateArgs),
     Snapshot(SnapshotArgs),
     Restore(RestoreArgs),
     Check(CheckArgs),

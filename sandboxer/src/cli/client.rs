@@ -23,6 +23,7 @@ use crate::rpc::{POD_SANDBOX_CONFIG_TYPE, types};
 
 /// The daemon has shorter deadlines of its own; this one is for a daemon that hangs.
 const CALL_LIMIT: Duration = Duration::from_secs(600);
+const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 
 /// State of a pod that can run containers.
@@ -374,6 +375,26 @@ impl Task {
             ..Default::default()
         };
         self.client.resize_pty(limited(), &request).await?;
+        Ok(())
+    }
+
+    /// `resources` is OCI `LinuxResources`.
+    pub(super) async fn update(
+        &self,
+        container: &str,
+        resources: &serde_json::Value,
+    ) -> Result<()> {
+        let resources = Any {
+            type_url: RESOURCES_TYPE.to_owned(),
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let request = api::UpdateTaskRequest {
+            id: container.to_owned(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.client.update(limited(), &request).await?;
         Ok(())
     }
 

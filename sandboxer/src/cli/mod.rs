@@ -28,6 +28,7 @@ mod stdio;
 mod store;
 mod template;
 mod terminal;
+mod update;
 mod values;
 
 use std::process::ExitCode;
@@ -103,6 +104,7 @@ fn dispatch(cli: Cli) -> Result<u8> {
             Command::Rm(args) => lifecycle::rm(&global, &args).await.map(|()| 0),
             Command::Pause(args) => freeze::pause(&global, &args).await.map(|()| 0),
             Command::Resume(args) => freeze::resume(&global, &args).await.map(|()| 0),
+            Command::Update(args) => update::update(&global, &args).await.map(|()| 0),
             Command::Snapshot(args) => freeze::snapshot(&global, &args).await.map(|()| 0),
             Command::Restore(args) => freeze::restore(&global, &args).await.map(|()| 0),
             Command::Check(args) => {

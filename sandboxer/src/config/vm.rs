@@ -6,6 +6,8 @@ use bytesize::ByteSize;
 use guest_image::{Cache, GuestError, GuestImage};
 use serde::{Deserialize, Serialize};
 
+use vmm_core::config::MAX_VCPUS;
+
 use super::ConfigError;
 
 /// Below this a guest cannot boot.
@@ -34,6 +36,14 @@ pub struct Vm {
     pub vcpus: u32,
     /// Memory of a pod that has no memory limit, for instance `"128MiB"`.
     pub memory: ByteSize,
+    /// What a pod's memory can grow to while it runs, when the limit of a container is raised;
+    /// rounded up to 128 MiB more than it starts with. Unset: it does not grow.
+    pub max_memory: Option<ByteSize>,
+    /// How many vCPUs a pod can have while it runs, when the limit of a container is raised.
+    /// Unset: as many as it starts with.
+    pub max_vcpus: Option<u32>,
+    /// Whether free memory of the guest goes back to the host.
+    pub balloon: bool,
     /// Added to the memory limit of a pod that has one, for the guest's kernel and agent.
     pub memory_overhead: ByteSize,
     /// The guest kernel, an ELF `vmlinux` or a bzImage. `KUASAR_KERNEL` overrides
@@ -65,6 +75,9 @@ impl Default for Vm {
         Self {
             vcpus: 1,
             memory: ByteSize::mib(128),
+            max_memory: None,
+            max_vcpus: None,
+            balloon: true,
             memory_overhead: ByteSize::mib(48),
             kernel: None,
             initramfs: None,
@@ -94,6 +107,11 @@ impl Vm {
         if self.net_slots > MAX_NET_SLOTS {
             let value = self.net_slots.to_string();
             return wrong("vm.net_slots", value, "must be at most 8");
+        }
+        if let Some(most) = self.max_vcpus
+            && !(1..=MAX_VCPUS).contains(&most)
+        {
+            return wrong("vm.max_vcpus", most.to_string(), "must be 1 to 32");
         }
         if self.disk_slots > MAX_DISK_SLOTS {
             let value = self.disk_slots.to_string();

@@ -137,8 +137,10 @@ impl Pod {
             )
         })?;
         super::oci::clean_resources(&mut resources);
+        let machine = self.machine()?;
+        self.grow(&machine, &resources).await?;
         let resources = super::containers::to_json(&resources)?;
-        self.machine()?
+        machine
             .agent
             .update_container(container.id(), resources)
             .await?;

@@ -129,6 +129,7 @@ impl Pod {
             let machine = Arc::new(Machine {
                 vm: Arc::clone(vm),
                 agent: connected.client,
+                online_cpus: connected.ready.cpus.into(),
                 ready: connected.ready,
                 disks: DiskSlots::restored(containers.iter().flat_map(|c| c.disks.clone())),
             });

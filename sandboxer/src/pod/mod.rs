@@ -9,6 +9,7 @@ mod control;
 mod disks;
 mod error;
 mod files;
+mod grow;
 mod lifecycle;
 mod network;
 mod oci;
@@ -23,6 +24,7 @@ mod tasks;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -121,6 +123,17 @@ struct Machine {
     agent: Arc<dyn Agent>,
     ready: rpc::Ready,
     disks: DiskSlots,
+    online_cpus: AtomicU32,
+}
+
+impl Machine {
+    fn online_cpus(&self) -> u32 {
+        self.online_cpus.load(Ordering::Acquire)
+    }
+
+    fn set_online_cpus(&self, count: u32) {
+        self.online_cpus.store(count, Ordering::Release);
+    }
 }
 
 /// The pod's network, while it has one.

@@ -8,7 +8,7 @@ use crate::arch::{self, Platform};
 use crate::config::{Discovery, MachineConfig};
 use crate::exit::ExitNotice;
 use crate::host::Host;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamSize};
 use crate::thread::VmThreads;
 use crate::vcpu::VcpuState;
 
@@ -22,8 +22,12 @@ impl Machine {
         let phases = Arc::new(Phases::begin());
         config.validate(host)?;
         let shell = VmShell::create(host, config.vcpus)?;
-        let bytes = config.memory_bytes;
-        let ram = GuestRam::new(&config.name, bytes)
+        let size = RamSize {
+            boot_bytes: config.memory_bytes,
+            hotplug_bytes: config.devices.hotplug_bytes(),
+        };
+        let bytes = size.total_bytes();
+        let ram = GuestRam::new(&config.name, size)
             .map_err(|source| BuildError::Memory { bytes, source })?;
         let threads = VmThreads::new(&config.name, ExitNotice::new());
         let frame = Frame::new(threads, &config.console, shell, ram, config.devices, phases)?;

@@ -86,6 +86,14 @@ pub enum BuildError {
         /// In the snapshot.
         saved: usize,
     },
+    /// Another size of the memory to be plugged in.
+    #[error("the snapshot has {saved} bytes of memory to be plugged in, this machine has {found}")]
+    HotplugMemory {
+        /// Given.
+        found: u64,
+        /// In the snapshot.
+        saved: u64,
+    },
     /// A thread or an fd of the machine's own.
     #[error("cannot start the machine's {what}")]
     Thread {

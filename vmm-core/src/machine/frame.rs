@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use devices::event_loop::EventLoop;
 use devices::legacy::{ConsoleOptions, ConsoleOutput};
+use devices::virtio::mem::MemHandle;
 use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
 
 use super::disks::Disks;
+use super::elastic::Elastic;
 use super::live::Live;
 use super::wiring::{self, Attached, Legacy};
 use super::{BuildError, Machine, Phases, VmShell};
@@ -37,6 +39,7 @@ pub(super) struct Frame {
     pub(super) legacy: Legacy,
     pub(super) attached: Vec<Attached>,
     pub(super) disks: Disks,
+    mem: Option<MemHandle>,
 }
 
 impl Frame {
@@ -75,8 +78,12 @@ impl Frame {
             devices,
             vsock,
             nets,
+            balloon,
+            hotplug_bytes,
             disks: slots,
         } = devices;
+        let elastic = Elastic::new(&ram, balloon, hotplug_bytes)?;
+        let devices = devices.into_iter().chain(elastic.devices).collect();
         let attached = attach(devices, &shell, &ram, &event_loop, &mut buses)?;
         let disks = Disks::new(
             Arc::clone(&shell.vm),
@@ -112,6 +119,7 @@ impl Frame {
             legacy,
             attached,
             disks,
+            mem: elastic.mem,
         })
     }
 
@@ -176,6 +184,7 @@ impl Frame {
             memory_bytes,
             vsock: self.vsock,
             nets: self.nets,
+            mem: self.mem,
             live: Mutex::new(Some(Arc::new(live))),
             final_exits: Mutex::new(ExitCounts::new()),
             torn_down: watch::Sender::new(false),

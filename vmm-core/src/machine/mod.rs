@@ -7,6 +7,7 @@
 mod boot;
 mod cmdline;
 mod disks;
+mod elastic;
 mod error;
 mod frame;
 mod live;
@@ -20,6 +21,7 @@ mod wiring;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::legacy::ConsoleOutput;
+use devices::virtio::mem::MemHandle;
 use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
@@ -51,6 +53,7 @@ pub struct Machine {
     memory_bytes: u64,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
+    mem: Option<MemHandle>,
     live: Mutex<Option<Arc<Live>>>,
     /// Exits counted by a machine that was torn down.
     final_exits: Mutex<ExitCounts>,

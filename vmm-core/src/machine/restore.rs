@@ -56,6 +56,13 @@ impl Machine {
                 saved: state.disks.len(),
             });
         }
+        let hotplug_bytes = config.devices.hotplug_bytes();
+        if hotplug_bytes != state.memory.hotplug_bytes {
+            return Err(BuildError::HotplugMemory {
+                found: hotplug_bytes,
+                saved: state.memory.hotplug_bytes,
+            });
+        }
         let shell = match shell {
             Some(shell) => shell,
             None => VmShell::create(host, snapshot.vcpus())?,
@@ -73,12 +80,7 @@ impl Machine {
         let threads = VmThreads::new(&config.name, ExitNotice::new());
         let ram = snapshot.memory().clone_memory(&threads);
         let ram = ram.map_err(no_memory)?;
-        let names: Vec<_> = config
-            .devices
-            .devices
-            .iter()
-            .map(|device| device.name.clone())
-            .collect();
+        let names = config.devices.names();
         let frame = Frame::new(
             threads,
             &config.console,

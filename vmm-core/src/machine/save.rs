@@ -66,7 +66,7 @@ impl Saver {
     ) -> Result<(), SnapshotError> {
         let ram = self.live.vm.ram().ok_or(SnapshotError::NoMemory)?;
         // First: the machine is not stopped for a base that cannot be used.
-        let base = base.map(|base| Base::open(base, label, ram.bytes()));
+        let base = base.map(|base| Base::open(base, label, ram.size()));
         let base = base.transpose()?;
         let state = self.state()?;
         snapshot::store(dir, label, &state, base.as_ref(), |file, below| {
@@ -99,10 +99,10 @@ impl Saver {
             let vcpu = member.lock().unwrap_or_else(PoisonError::into_inner);
             vcpus.push(arch::VcpuState::save(&self.host, vcpu.fd()).map_err(kvm)?);
         }
-        let memory_bytes = live.vm.ram().map(crate::memory::GuestRam::bytes);
+        let memory = live.vm.ram().map(crate::memory::GuestRam::size);
         Ok(MachineState {
             cmdline: self.cmdline.clone(),
-            memory_bytes: memory_bytes.ok_or(SnapshotError::NoMemory)?,
+            memory: memory.ok_or(SnapshotError::NoMemory)?,
             vcpus,
             // After the devices, whose last interrupts are in it.
             chips: arch::ChipsState::save(live.vm.fd()).map_err(kvm)?,

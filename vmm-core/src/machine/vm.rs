@@ -13,7 +13,9 @@ use tokio::time::timeout;
 
 use super::Machine;
 use super::live::PAUSE_LIMIT;
-use crate::vm::{Disk, DiskPlace, ExitReason, GuestListener, GuestStream, Vm, VmError, VmStats};
+use crate::vm::{
+    Disk, DiskPlace, ExitReason, GuestListener, GuestStream, Vm, VmError, VmSize, VmStats,
+};
 
 impl Machine {
     fn ensure_running(&self) -> Result<Arc<super::Live>, VmError> {
@@ -170,7 +172,7 @@ impl Vm for Machine {
                     .clone(),
             },
             phases: self.phases.all(),
-            memory_bytes: self.memory_bytes,
+            memory_bytes: self.memory_bytes_now(),
             resident_bytes: live
                 .and_then(|live| live.vm.ram().and_then(|ram| ram.resident_bytes().ok())),
         }
@@ -206,6 +208,15 @@ impl Vm for Machine {
         let live = self.with_disk_slot(slot)?;
         // Waits for requests in flight.
         blocking(move || live.disks.unplug(slot, deadline)).await
+    }
+
+    fn resizable(&self) -> Option<(VmSize, VmSize)> {
+        self.size_limits()
+    }
+
+    async fn resize(&self, size: VmSize, deadline: Duration) -> Result<VmSize, VmError> {
+        self.ensure_running()?;
+        self.change_size(size, deadline).await
     }
 
     fn mark_phase(&self, phase: &'static str) {

@@ -9,6 +9,7 @@ use devices::legacy::{
     SerialPortState,
 };
 use devices::transport::mmio::MmioTransport;
+use devices::virtio::DeviceType;
 use kvm_ioctls::IoEventAddress;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -124,6 +125,9 @@ pub(super) fn virtio(
     mmio: &mut Bus,
 ) -> io::Result<Attached> {
     let place = slot(index)?;
+    // An exit is cheaper than the registration for those that are hardly ever notified.
+    let rare = [DeviceType::Balloon, DeviceType::Mem];
+    let kernel_notifies = !rare.contains(&device.device.device_type());
     let line = irq_line(vm, place.irq)?;
     let transport = MmioTransport::new(
         device.device,
@@ -133,8 +137,10 @@ pub(super) fn virtio(
     )?;
     let start = u64::from(place.address);
     let notify = IoEventAddress::Mmio(notify_address(place));
-    for (queue, event) in (0_u32..).zip(transport.queue_notifies()) {
-        vm.fd().register_ioevent(event, &notify, queue)?;
+    if kernel_notifies {
+        for (queue, event) in (0_u32..).zip(transport.queue_notifies()) {
+            vm.fd().register_ioevent(event, &notify, queue)?;
+        }
     }
     let transport = Arc::new(transport);
     let end = start.saturating_add(MmioTransport::BYTES);

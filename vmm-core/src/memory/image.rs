@@ -9,14 +9,14 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
 use super::chunks::{CHUNK_BYTES, ChunkList, ChunkWriter, chunk_len, for_each_chunk, next_data};
 use super::stored::StoredMemory;
-use super::{Backing, GuestRam, Lazy, sealable_memfd};
+use super::{Backing, GuestRam, Lazy, RamSize, sealable_memfd};
 use crate::thread::VmThreads;
 
 /// Memory that nobody changes any more. Clones share it.
 #[derive(Clone, Debug)]
 pub struct MemoryImage {
     content: Content,
-    bytes: u64,
+    size: RamSize,
 }
 
 #[derive(Clone, Debug)]
@@ -38,12 +38,12 @@ impl MemoryImage {
                 "the memory of a clone cannot become an image",
             ));
         };
-        let bytes = ram.bytes;
+        let size = ram.size;
         drop(ram);
         seal(&file)?;
         Ok(Self {
             content: Content::Sealed(file, Arc::default()),
-            bytes,
+            size,
         })
     }
 
@@ -65,14 +65,14 @@ impl MemoryImage {
                 Arc::new(file),
                 Arc::new(OnceLock::from(Arc::clone(stored.chunks()))),
             ),
-            bytes: stored.bytes(),
+            size: stored.size(),
         })
     }
 
     /// Leaves `stored` on disk: each clone reads what its guest needs when it does.
     pub(crate) fn open(stored: StoredMemory) -> Self {
         Self {
-            bytes: stored.bytes(),
+            size: stored.size(),
             content: Content::Stored(Arc::new(stored)),
         }
     }
@@ -84,7 +84,7 @@ impl MemoryImage {
     pub(crate) fn write_to(&self, to: &File) -> io::Result<ChunkList> {
         let mut writer = ChunkWriter::new(to, None);
         self.for_each_chunk(|offset, chunk| writer.add(offset, chunk))?;
-        let list = writer.finish(self.bytes)?;
+        let list = writer.finish(self.size.total_bytes())?;
         if let Content::Sealed(_, known) = &self.content {
             known.get_or_init(|| Arc::new(list.clone()));
         }
@@ -93,7 +93,7 @@ impl MemoryImage {
 
     fn for_each_chunk(&self, mut each: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
         match &self.content {
-            Content::Sealed(file, _) => for_each_chunk(file, self.bytes, each),
+            Content::Sealed(file, _) => for_each_chunk(file, self.size.total_bytes(), each),
             Content::Stored(stored) => {
                 let mut buffer = vec![0; CHUNK_BYTES];
                 for chunk in stored.chunks().iter() {
@@ -129,7 +129,7 @@ impl MemoryImage {
         offset: u64,
         buffer: &'b mut [u8],
     ) -> io::Result<&'b mut [u8]> {
-        let len = chunk_len(offset, self.bytes);
+        let len = chunk_len(offset, self.size.total_bytes());
         match &self.content {
             Content::Sealed(file, _) => {
                 let chunk = buffer.get_mut(..len).ok_or(io::ErrorKind::InvalidInput)?;
@@ -153,7 +153,7 @@ impl MemoryImage {
     /// # Errors
     /// When the host cannot map it, or has no userfaultfd for files.
     pub(crate) fn clone_memory(&self, threads: &VmThreads) -> io::Result<GuestRam> {
-        let mut ram = GuestRam::map(Backing::Image(self.clone()), self.bytes)?;
+        let mut ram = GuestRam::map(Backing::Image(self.clone()), self.size)?;
         if let Content::Stored(stored) = &self.content {
             ram.lazy = Some(Arc::new(Lazy::start(&ram.mapped, stored, threads)?));
         }
@@ -168,10 +168,8 @@ impl MemoryImage {
         }
     }
 
-    /// Size of the guest's memory.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    pub(super) fn size(&self) -> RamSize {
+        self.size
     }
 
     /// Bytes that host pages back, for all clones together.
@@ -195,7 +193,7 @@ impl MemoryImage {
         let file = self.memfd().unwrap();
         denied(file.write_all_at(&[1], 0));
         denied(file.set_len(4096));
-        denied(file.set_len(self.bytes * 2));
+        denied(file.set_len(self.size.total_bytes() * 2));
         let link = format!("/proc/self/fd/{}", file.as_raw_fd());
         let again = File::options().write(true).open(link).unwrap();
         denied(again.write_all_at(&[1], 0));

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use devices::virtio::GuestMemory;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -26,12 +27,51 @@ pub(crate) use self::lazy::is_possible as can_be_lazy;
 pub(crate) use self::stored::StoredMemory;
 use crate::arch::layout;
 
+/// How much memory a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSize {
+    /// There from the beginning, in bytes.
+    pub boot_bytes: u64,
+    /// Address space that a memory device can fill later, in bytes.
+    pub hotplug_bytes: u64,
+}
+
+impl RamSize {
+    /// All of it.
+    #[must_use]
+    pub fn total_bytes(self) -> u64 {
+        self.boot_bytes.saturating_add(self.hotplug_bytes)
+    }
+
+    /// Where the hotplug memory begins: above all else, at one of Linux's memory blocks.
+    #[must_use]
+    pub fn hotplug_start(self) -> u64 {
+        let high = self.boot_bytes.saturating_sub(layout::DEVICE_HOLE_START);
+        layout::DEVICE_HOLE_END
+            .saturating_add(high)
+            .checked_next_multiple_of(HOTPLUG_ALIGN_BYTES)
+            .unwrap_or(u64::MAX)
+    }
+}
+
+impl From<u64> for RamSize {
+    fn from(boot_bytes: u64) -> Self {
+        Self {
+            boot_bytes,
+            hotplug_bytes: 0,
+        }
+    }
+}
+
+/// Linux on x86-64 adds memory in blocks of this many bytes.
+pub const HOTPLUG_ALIGN_BYTES: u64 = 128 << 20;
+
 /// RAM of one machine. Clones of this value share it; it is freed with the last one.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     mapped: GuestMemory,
     backing: Backing,
-    bytes: u64,
+    size: RamSize,
     /// Fills the memory of a clone of files.
     lazy: Option<Arc<Lazy>>,
 }
@@ -60,7 +100,7 @@ impl Backing {
 }
 
 impl GuestRam {
-    /// `bytes` of zeroed memory in a memfd that shows as `name` in `/proc/PID/maps`.
+    /// `size` of zeroed memory in a memfd that shows as `name` in `/proc/PID/maps`.
     /// Pages are taken from the host when they are first touched.
     ///
     /// The memfd can no longer change its size, so that no mapping of it can ever fault
@@ -68,19 +108,20 @@ impl GuestRam {
     ///
     /// # Errors
     /// When the host cannot create or map it.
-    pub fn new(name: &str, bytes: u64) -> io::Result<Self> {
-        let file = sealable_memfd(name, bytes)?;
+    pub fn new(name: &str, size: impl Into<RamSize>) -> io::Result<Self> {
+        let size = size.into();
+        let file = sealable_memfd(name, size.total_bytes())?;
         fcntl(
             &file,
             FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
         )?;
-        Self::map(Backing::Own(Arc::new(file)), bytes)
+        Self::map(Backing::Own(Arc::new(file)), size)
     }
 
-    fn map(backing: Backing, bytes: u64) -> io::Result<Self> {
+    fn map(backing: Backing, size: RamSize) -> io::Result<Self> {
         let mut regions = Vec::new();
         let (file, flags) = backing.mapping();
-        for region in ram_regions(bytes) {
+        for region in ram_regions(size) {
             let len = usize::try_from(region.bytes).map_err(io::Error::other)?;
             let file = file.map(|file| FileOffset::from_arc(Arc::clone(file), region.file_offset));
             let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -93,7 +134,7 @@ impl GuestRam {
         Ok(Self {
             mapped: Arc::new(mapped),
             backing,
-            bytes,
+            size,
             lazy: None,
         })
     }
@@ -104,10 +145,16 @@ impl GuestRam {
         &self.mapped
     }
 
-    /// Size.
+    /// What the machine boots with, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.size.boot_bytes
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn size(&self) -> RamSize {
+        self.size
     }
 
     /// Bytes that host pages back now; of a clone, those that it does not share.
@@ -132,8 +179,9 @@ impl GuestRam {
         match &self.backing {
             Backing::Own(file) => {
                 let mut writer = ChunkWriter::new(to, base);
-                chunks::for_each_chunk(file, self.bytes, |at, chunk| writer.add(at, chunk))?;
-                writer.finish(self.bytes)
+                let bytes = self.size.total_bytes();
+                chunks::for_each_chunk(file, bytes, |at, chunk| writer.add(at, chunk))?;
+                writer.finish(bytes)
             }
             Backing::Image(image) => private::write(&self.mapped, image, to, base),
         }
@@ -178,8 +226,11 @@ pub struct RamRegion {
     pub file_offset: u64,
 }
 
-/// Where `bytes` of RAM go: from zero up to the device hole, the rest from 4 GiB on.
-pub fn ram_regions(bytes: u64) -> impl Iterator<Item = RamRegion> {
+/// Where RAM goes: from zero up to the device hole, the rest from 4 GiB on, behind it what can
+/// be plugged in.
+pub fn ram_regions(size: impl Into<RamSize>) -> impl Iterator<Item = RamRegion> {
+    let size = size.into();
+    let bytes = size.boot_bytes;
     let low = bytes.min(layout::DEVICE_HOLE_START);
     let high = bytes.saturating_sub(low);
     [
@@ -192,6 +243,11 @@ pub fn ram_regions(bytes: u64) -> impl Iterator<Item = RamRegion> {
             start: layout::DEVICE_HOLE_END,
             bytes: high,
             file_offset: low,
+        },
+        RamRegion {
+            start: size.hotplug_start(),
+            bytes: size.hotplug_bytes,
+            file_offset: bytes,
         },
     ]
     .into_iter()
@@ -206,14 +262,14 @@ mod tests {
 
     #[test]
     fn small_memory_is_one_region() {
-        let regions: Vec<_> = ram_regions(128 << 20).collect();
+        let regions: Vec<_> = ram_regions(128_u64 << 20).collect();
         assert_eq!(regions.len(), 1);
         assert_eq!(regions[0].bytes, 128 << 20);
     }
 
     #[test]
     fn large_memory_goes_around_the_hole() {
-        let bytes = 8 << 30;
+        let bytes = 8_u64 << 30;
         let regions: Vec<_> = ram_regions(bytes).collect();
         assert_eq!(regions.len(), 2);
         assert_eq!(regions[0].bytes + regions[1].bytes, bytes);
@@ -222,8 +278,24 @@ mod tests {
     }
 
     #[test]
+    fn what_can_be_plugged_in_comes_last() {
+        for (boot_bytes, start) in [
+            (64 << 20, 4 << 30),
+            ((4 << 30) + 4096, (5_u64 << 30) + (128 << 20)),
+        ] {
+            let size = RamSize {
+                boot_bytes,
+                hotplug_bytes: 256 << 20,
+            };
+            let last = ram_regions(size).last().unwrap();
+            assert_eq!((last.start, last.bytes), (start, 256 << 20));
+            assert_eq!(last.file_offset, boot_bytes);
+        }
+    }
+
+    #[test]
     fn pages_are_taken_when_touched() {
-        let ram = GuestRam::new("test", 64 << 20).unwrap();
+        let ram = GuestRam::new("test", 64_u64 << 20).unwrap();
         assert_eq!(ram.resident_bytes().unwrap(), 0);
         ram.guest_memory()
             .write_slice(&[1; 4096], GuestAddress(0x10_0000))
@@ -235,7 +307,7 @@ mod tests {
 
     #[test]
     fn the_memfd_cannot_be_resized() {
-        let ram = GuestRam::new("test", 1 << 20).unwrap();
+        let ram = GuestRam::new("test", 1_u64 << 20).unwrap();
         let (Some(file), _) = ram.backing.mapping() else {
             panic!("not in a file");
         };

@@ -10,7 +10,7 @@ use devices::virtio::release::PAGE_BYTES;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
 
 use super::chunks::{CHUNK_BYTES, ChunkList, ChunkWriter, chunk_start};
-use super::{MemoryImage, ram_regions};
+use super::{MemoryImage, RamSize, ram_regions};
 
 /// Pages looked at in one read.
 const PAGES: usize = 8192;
@@ -77,11 +77,12 @@ pub(super) fn write(
     to: &File,
     base: Option<&ChunkList>,
 ) -> io::Result<ChunkList> {
-    let bytes = image.bytes();
+    let size = image.size();
+    let bytes = size.total_bytes();
     // By chunk: where its own pages lie, in the guest and in the file.
     let mut own: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
     for_each_page(memory, |address| {
-        let offset = file_offset(address, bytes)
+        let offset = file_offset(address, size)
             .ok_or_else(|| io::Error::other("a page outside of guest memory"))?;
         let pages = own.entry(chunk_start(offset)).or_default();
         pages.push((address, offset));
@@ -119,9 +120,9 @@ pub(super) fn write(
     writer.finish(bytes)
 }
 
-/// Where guest memory of `bytes` in all keeps the page at `address`.
-fn file_offset(address: u64, bytes: u64) -> Option<u64> {
-    ram_regions(bytes).find_map(|region| {
+/// Where guest memory keeps the page at `address`.
+fn file_offset(address: u64, size: RamSize) -> Option<u64> {
+    ram_regions(size).find_map(|region| {
         let within = address.checked_sub(region.start)?;
         (within < region.bytes).then(|| region.file_offset.saturating_add(within))
     })

@@ -5,30 +5,31 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::RamSize;
 use super::chunks::{Chunk, ChunkList, chunk_len, invalid};
 
 /// Memory that is read from disk chunk by chunk, each checked when it is read.
 #[derive(Debug)]
 pub(crate) struct StoredMemory {
     chunks: Arc<ChunkList>,
-    bytes: u64,
+    size: RamSize,
     file: File,
     /// Where chunks are that this one leaves out.
     base: Option<Arc<StoredMemory>>,
 }
 
 impl StoredMemory {
-    /// Memory of `bytes` in `file`, over `base`.
+    /// Memory of this size in `file`, over `base`.
     ///
     /// # Errors
     /// The file has another size, or chunks are to be in a base that does not have them.
     pub(crate) fn new(
         file: File,
-        bytes: u64,
+        size: RamSize,
         chunks: ChunkList,
         base: Option<Arc<Self>>,
     ) -> io::Result<Self> {
-        let found = file.metadata()?.len();
+        let (found, bytes) = (file.metadata()?.len(), size.total_bytes());
         if found != bytes {
             return Err(invalid(format!(
                 "the memory file has {found} bytes instead of {bytes}"
@@ -44,7 +45,7 @@ impl StoredMemory {
         }
         Ok(Self {
             chunks: Arc::new(chunks),
-            bytes,
+            size,
             file,
             base,
         })
@@ -54,8 +55,12 @@ impl StoredMemory {
         &self.chunks
     }
 
+    pub(crate) fn size(&self) -> RamSize {
+        self.size
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.size.total_bytes()
     }
 
     /// The chunk at `offset`, unless that is zero.
@@ -70,7 +75,7 @@ impl StoredMemory {
     /// It cannot be read, or is not what was written.
     pub(crate) fn read<'b>(&self, chunk: &Chunk, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
         let content = buffer
-            .get_mut(..chunk_len(chunk.offset(), self.bytes))
+            .get_mut(..chunk_len(chunk.offset(), self.bytes()))
             .ok_or(io::ErrorKind::InvalidInput)?;
         let mut holder = self;
         let mut place = Some(chunk);

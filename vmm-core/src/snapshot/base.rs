@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{CHUNKS, MEMORY, MachineState, STATE, SnapshotError, Stored, file};
-use crate::memory::{ChunkList, StoredMemory};
+use crate::memory::{ChunkList, RamSize, StoredMemory};
 
 /// Most snapshots below one. Each is a file that stays open while its memory is read.
 const MAX_DEPTH: usize = 32;
@@ -19,22 +19,22 @@ pub(crate) struct Base {
 }
 
 impl Base {
-    /// Opens the snapshot in `dir`, of `label`, below one of a machine with `memory_bytes`.
+    /// Opens the snapshot in `dir`, of `label`, below one of a machine of this `size`.
     ///
     /// # Errors
     /// As [`super::Snapshot::open`]; the machine has another size; too many snapshots are
     /// below it already.
-    pub(crate) fn open(dir: &Path, label: &str, memory_bytes: u64) -> Result<Self, SnapshotError> {
+    pub(crate) fn open(dir: &Path, label: &str, size: RamSize) -> Result<Self, SnapshotError> {
         let failed = SnapshotError::file("make a snapshot over", dir);
         let dir = match std::path::absolute(dir) {
             Ok(dir) => dir,
             Err(err) => return Err(failed(err)),
         };
         let (_, memory) = open_below(&dir, label, 1)?;
-        if memory.bytes() != memory_bytes {
-            let found = memory.bytes();
+        if memory.size() != size {
+            let (found, wanted) = (memory.bytes(), size.total_bytes());
             return Err(failed(invalid(format!(
-                "its machine has {found} bytes of memory instead of {memory_bytes}"
+                "its machine has {found} bytes of memory instead of {wanted}"
             ))));
         }
         Ok(Self {
@@ -88,13 +88,13 @@ fn open_below(
     let chunks = read_chunks(&path, &stored).map_err(failed(&path))?;
     let path = dir.join(MEMORY);
     let file = File::open(&path).map_err(failed(&path))?;
-    let bytes = stored.machine.memory_bytes;
-    let memory = StoredMemory::new(file, bytes, chunks, base).map_err(failed(&path))?;
+    let size = stored.machine.memory;
+    let memory = StoredMemory::new(file, size, chunks, base).map_err(failed(&path))?;
     Ok((stored.machine, memory))
 }
 
 fn read_chunks(path: &Path, stored: &Stored) -> io::Result<ChunkList> {
-    let memory_bytes = stored.machine.memory_bytes;
+    let memory_bytes = stored.machine.memory.total_bytes();
     let limit = ChunkList::max_bytes(memory_bytes).saturating_add(1);
     let mut bytes = Vec::new();
     File::open(path)?.take(limit).read_to_end(&mut bytes)?;

@@ -87,8 +87,8 @@ mod tests {
         // Lists of CPUID entries and MSRs, eight structures.
         let vcpu = [vec![0; 8], len(msrs), vec![0; msrs], vec![0]].concat();
         [
-            // Label, digest, no base, command line, size of memory.
-            vec![0; 36],
+            // Label, digest, no base, command line, sizes of memory.
+            vec![0; 37],
             len(vcpus),
             vcpu.repeat(vcpus),
             len(chips),

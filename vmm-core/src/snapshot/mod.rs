@@ -28,7 +28,7 @@ pub use self::error::SnapshotError;
 use crate::arch;
 use crate::config::{MAX_DISK_SLOTS, MAX_VCPUS};
 use crate::machine::LegacyState;
-use crate::memory::{self, ChunkList, MemoryDigest, MemoryImage};
+use crate::memory::{self, ChunkList, MemoryDigest, MemoryImage, RamSize};
 
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
@@ -38,7 +38,7 @@ const CHUNKS: &str = "chunks";
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct MachineState {
     pub(crate) cmdline: String,
-    pub(crate) memory_bytes: u64,
+    pub(crate) memory: RamSize,
     #[serde(deserialize_with = "at_most::<{ MAX_VCPUS as usize }, _, _>")]
     pub(crate) vcpus: Vec<arch::VcpuState>,
     pub(crate) chips: arch::ChipsState,
@@ -93,7 +93,7 @@ impl Snapshot {
     /// Size of the guest's memory in bytes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
-        self.state.memory_bytes
+        self.state.memory.boot_bytes
     }
 
     /// Writes the snapshot to an empty folder, files of mode 0600. `label` says what it is

@@ -4,13 +4,14 @@ use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures::StreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
-use futures::{Stream, StreamExt};
 use rtnetlink::MulticastGroup;
 use tokio::runtime;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, debug, warn};
 
 use super::namespace::Namespace;
@@ -82,15 +83,15 @@ async fn follow(pod: Weak<Pod>, mut network: PodNetwork, stop: CancellationToken
 }
 
 /// Waits for a change, and for those that follow it.
-async fn next<M>(changes: &mut Option<impl Stream<Item = M> + Unpin>) {
-    let Some(changes) = changes else {
+async fn next(changes: &mut Option<Changes>) {
+    let Some(Changes { messages, .. }) = changes else {
         return std::future::pending().await;
     };
-    if changes.next().await.is_none() {
+    if messages.next().await.is_none() {
         // The namespace's last connection; nothing changes any more that matters.
         std::future::pending::<()>().await;
     }
-    let mut more = pin!(changes.take(MOST));
+    let mut more = pin!(messages.take(MOST));
     while let Ok(Some(_)) = timeout(QUIET, more.next()).await {}
 }
 
@@ -142,20 +143,26 @@ async fn apply(
         .map_err(PodError::from)
 }
 
-type Changes = UnboundedReceiver<(
-    rtnetlink::packet_core::NetlinkMessage<rtnetlink::packet_route::RouteNetlinkMessage>,
-    rtnetlink::sys::SocketAddr,
-)>;
+/// The kernel's news of a namespace.
+struct Changes {
+    messages: UnboundedReceiver<(
+        rtnetlink::packet_core::NetlinkMessage<rtnetlink::packet_route::RouteNetlinkMessage>,
+        rtnetlink::sys::SocketAddr,
+    )>,
+    /// By itself it would stay until there are more.
+    _connection: AbortOnDropHandle<()>,
+}
 
-/// A connection of this process's own runtime to the kernel's news of `namespace`.
+/// Listens from this process's own runtime.
 fn changes(namespace: &Namespace) -> Result<Changes> {
     let runtime = runtime::Handle::current();
-    let (connection, changes) = namespace.enter(|| {
+    namespace.enter(|| {
         let _runtime = runtime.enter();
-        let (connection, _, changes) = rtnetlink::new_multicast_connection(&GROUPS)
+        let (connection, _, messages) = rtnetlink::new_multicast_connection(&GROUPS)
             .map_err(PodError::io("listening for changes of the network"))?;
-        Ok((connection, changes))
-    })?;
-    tokio::spawn(connection);
-    Ok(changes)
+        Ok(Changes {
+            messages,
+            _connection: AbortOnDropHandle::new(tokio::spawn(connection)),
+        })
+    })
 }

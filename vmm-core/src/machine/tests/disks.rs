@@ -103,6 +103,8 @@ fn a_restored_machine_needs_the_disks_it_had() {
         machine.attach_disk(1, disk(&path)).await.unwrap();
         machine.snapshot(&saved, "disks", None).await.unwrap();
     });
+    // It has the image.
+    drop(machine);
     let snapshot = Snapshot::load(&saved, "disks").unwrap();
     let restore = |devices| {
         let config = CloneConfig {

@@ -10,6 +10,7 @@
 mod uffd;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -138,6 +139,16 @@ impl Shared {
     }
 }
 
+/// A part of a chunk, and where it belongs.
+struct Place {
+    /// In this process.
+    start: usize,
+    /// Offset of the chunk in memory.
+    chunk: u64,
+    /// Of the chunk's bytes.
+    part: Range<usize>,
+}
+
 /// What the thread works with. The threads that wait are let go when it is dropped.
 struct Filler {
     uffd: Uffd,
@@ -183,36 +194,46 @@ impl Filler {
 
     /// Puts the chunk around `address` in place.
     fn fill(&self, address: usize, buffer: &mut [u8]) -> io::Result<()> {
-        let (start, offset) = self
+        let place = self
             .place(address)
             .ok_or_else(|| io::Error::other("a page outside of guest memory"))?;
-        let content = match self.stored.chunk(offset) {
+        let content = match self.stored.chunk(place.chunk) {
             None => None,
             Some(chunk) => match self.stored.read(chunk, buffer) {
-                Ok(content) => Some(content),
+                Ok(content) => content.get(place.part.clone()),
                 Err(err) => {
                     self.fail(&err);
                     None
                 }
             },
         };
-        let len = chunk_len(offset, self.stored.bytes());
         match content {
-            Some(content) => self.uffd.copy(start, content)?,
-            None => self.uffd.zero(start, len)?,
+            Some(content) => self.uffd.copy(place.start, content)?,
+            None => self.uffd.zero(place.start, place.part.len())?,
         }
         // Also who waits for a page that was there already.
-        self.uffd.wake(start, len)
+        self.uffd.wake(place.start, place.part.len())
     }
 
-    /// The chunk that holds `address`: its own address, and its offset in memory.
-    fn place(&self, address: usize) -> Option<(usize, u64)> {
-        let regions = ram_regions(self.stored.bytes());
+    /// What to fill when somebody touches `address`.
+    fn place(&self, address: usize) -> Option<Place> {
+        let regions = ram_regions(self.stored.size());
         self.starts.iter().zip(regions).find_map(|(start, region)| {
             let within = u64::try_from(address.checked_sub(*start)?).ok()?;
-            let within = chunk_start((within < region.bytes).then_some(within)?);
-            let address = start.checked_add(usize::try_from(within).ok()?)?;
-            Some((address, region.file_offset.checked_add(within)?))
+            let within = (within < region.bytes).then_some(within)?;
+            let chunk = chunk_start(region.file_offset.checked_add(within)?);
+            let len = u64::try_from(chunk_len(chunk, self.stored.bytes())).ok()?;
+            // A chunk may begin before the region, or end behind it.
+            let first = chunk.max(region.file_offset);
+            let region_end = region.file_offset.checked_add(region.bytes)?;
+            let last = chunk.checked_add(len)?.min(region_end);
+            let part = |at: u64| usize::try_from(at.checked_sub(chunk)?).ok();
+            let before = usize::try_from(first.checked_sub(region.file_offset)?).ok()?;
+            Some(Place {
+                start: start.checked_add(before)?,
+                chunk,
+                part: part(first)?..part(last)?,
+            })
         })
     }
 

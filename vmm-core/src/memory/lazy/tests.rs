@@ -4,13 +4,22 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::chunks::{ChunkList, ChunkWriter};
-use super::super::{GuestRam, MemoryImage};
+use super::super::{GuestRam, MemoryImage, RamSize};
 use super::*;
 use crate::exit::ExitNotice;
 use crate::vm::ExitReason;
 
 const BYTES: u64 = 4 << 20;
 const CHUNK: u64 = CHUNK_BYTES as u64;
+
+/// Whose last part begins within a chunk.
+fn size() -> RamSize {
+    let hotplug_bytes = (1 << 20) - 8192;
+    RamSize {
+        boot_bytes: BYTES - hotplug_bytes,
+        hotplug_bytes,
+    }
+}
 
 /// A file with a chunk of ones, a hole, and a chunk of threes whose digest may be wrong.
 fn file() -> (File, ChunkList) {
@@ -26,7 +35,7 @@ fn file() -> (File, ChunkList) {
 /// Lazy memory, through which its machine's end is told, and the file.
 fn ram() -> (GuestRam, ExitNotice, File) {
     let (file, list) = file();
-    let stored = StoredMemory::new(file.try_clone().unwrap(), BYTES, list, None).unwrap();
+    let stored = StoredMemory::new(file.try_clone().unwrap(), size(), list, None).unwrap();
     let exit = ExitNotice::new();
     let threads = VmThreads::new("lazy", exit.clone());
     let ram = MemoryImage::open(stored).clone_memory(&threads).unwrap();
@@ -65,7 +74,9 @@ fn memory_comes_when_it_is_touched() {
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
-                for at in (0..BYTES).step_by(4096) {
+                let size = size();
+                let plugged = size.hotplug_start()..size.hotplug_start() + size.hotplug_bytes;
+                for at in (0..size.boot_bytes).chain(plugged).step_by(4096) {
                     byte(&ram, at);
                 }
             });
