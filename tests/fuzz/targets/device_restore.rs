@@ -26,9 +26,6 @@ use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-#[global_allocator]
-static METER: Meter = Meter;
-
 const MEMORY: usize = 16 << 20;
 /// The last model; it is kept away from the host's files.
 const FS: u8 = 7;

@@ -39,7 +39,7 @@ impl Subject for Card {
             command.extend(input.bytes(len)?);
             return Ok(vec![Buffer::Readable(command), Buffer::Writable(1)]);
         }
-        if queue % 2 == 0 {
+        if queue.is_multiple_of(2) {
             return Ok(vec![Buffer::Writable(input.int_in_range(0..=0x3000)?)]);
         }
         let mut frame = input.bytes(HEADER_BYTES.min(input.len()))?.to_vec();

@@ -5,9 +5,6 @@ use fuzz::Meter;
 use libfuzzer_sys::fuzz_target;
 use vmm_core::fuzzing::{rewrite_state, seal_state};
 
-#[global_allocator]
-static METER: Meter = Meter;
-
 fuzz_target!(|data: &[u8]| {
     // Each is rarely the other.
     let _ = Meter::check(data.len(), || rewrite_state(data));
