@@ -166,7 +166,10 @@ fn roots_and_images_that_cannot_be_used_say_why() {
             vec!["run", "--rootfs", "/no/such/folder", "--", "x"],
             "No such file or directory",
         ),
-        (vec!["run", "--rootfs", file, "--", "x"], "is not a folder"),
+        (
+            vec!["run", "--rootfs", file, "--", "x"],
+            "neither a folder nor a disk",
+        ),
         (vec!["run", "/no/such/image", "--", "x"], "does not exist"),
         (vec!["run", file, "--", "x"], "is not an image"),
         (
