@@ -111,9 +111,9 @@ async fn a_quota_is_kept() {
     let (exit, _, _) = started.end().await;
     assert_eq!((exit.code, exit.ended), (137, Ended::WallTime));
     let stats = container.stats();
-    // Twenty periods of 20 ms; the last turn may be one too many.
-    assert!(stats.cpu <= Duration::from_millis(500), "{stats:?}");
-    assert!(stats.cpu >= Duration::from_millis(20), "{stats:?}");
+    // A fifth of two seconds; without the quota it would be nearly all of them.
+    assert!(stats.cpu < Duration::from_secs(1), "{stats:?}");
+    assert!(stats.cpu > Duration::ZERO, "{stats:?}");
     assert!(
         stats.throttled > 0 && stats.throttled_time > Duration::ZERO,
         "{stats:?}"
