@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use devices::virtio::fs::CachePolicy;
 use external_hv::qemu::Qemu;
 use external_hv::{ExternalVm, MachineSpec, hypervisor, supervisor};
 use tracing::warn;
@@ -13,9 +12,9 @@ use vmm_core::Host;
 use vmm_core::vm::{Vm, VmError};
 
 use super::vmm::BackendError;
-use super::{MachineRequest, SandboxBackend};
+use super::{MachineRequest, SandboxBackend, guest_environment};
 use crate::causes::with_causes;
-use crate::config::{Config, FsCache, GuestFiles, HypervisorKind};
+use crate::config::{Config, GuestFiles, HypervisorKind};
 
 /// Makes VMs of one hypervisor.
 #[derive(Debug)]
@@ -46,11 +45,7 @@ impl ExternalBackend {
         let guest = config.vm.guest_files()?;
         let supervisor = supervisor_program(&config)?;
         let host = Host::probe().map_err(|e| with_causes(&e));
-        let environment = host.as_ref().map_or(&[][..], Host::guest_environment);
-        let environment: BTreeMap<_, _> = environment
-            .iter()
-            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
-            .collect();
+        let environment = host.as_ref().map(guest_environment).unwrap_or_default();
         let HypervisorKind::Qemu = config.hypervisor.kind;
         let (qemu, notice) = Qemu::new(config.hypervisor.qemu.adapter(), &host)?;
         if let Some(notice) = notice {
@@ -85,11 +80,7 @@ impl ExternalBackend {
             share: request.share,
             share_tag: agent_api::SHARE_TAG.to_owned(),
             share_workers: fs.workers,
-            share_cache: match fs.cache {
-                FsCache::Never => CachePolicy::Never,
-                FsCache::Auto => CachePolicy::Auto,
-                FsCache::Always => CachePolicy::Always,
-            },
+            share_cache: fs.cache.into(),
             console_cap_bytes: vm.serial_log_bytes.as_u64(),
             net_slots: vm.net_slots,
             api_limit: self.config.hypervisor.api_timeout,

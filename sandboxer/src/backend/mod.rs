@@ -14,6 +14,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use vmm_core::Host;
 use vmm_core::vm::{Disk, Vm, VmError};
 
 use crate::agent::{AgentClient, AgentError, Connected, Limits};
@@ -35,6 +36,14 @@ pub struct MachineRequest {
     pub netns: Option<PathBuf>,
     /// Disks plugged in from the beginning, with their slots.
     pub disks: Vec<(usize, Disk)>,
+}
+
+/// See [`SandboxBackend::guest_environment`].
+fn guest_environment(host: &Host) -> BTreeMap<String, String> {
+    let variables = host.guest_environment().iter();
+    variables
+        .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// Waits for [`SandboxBackend::agent`]'s answer.

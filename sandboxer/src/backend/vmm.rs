@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use devices::virtio::fs::{CachePolicy, Fs, FsConfig};
+use devices::virtio::fs::{Fs, FsConfig};
 use devices::virtio::net::NetConfig;
 use devices::virtio::vsock::VsockConfig;
 use external_hv::HvError;
@@ -18,11 +18,9 @@ use vmm_core::memory::HOTPLUG_ALIGN_BYTES;
 use vmm_core::vm::{Disk, Vm, VmError};
 use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
 
-use super::{MachineRequest, SandboxBackend};
+use super::{MachineRequest, SandboxBackend, guest_environment};
 use crate::causes::with_causes;
-use crate::config::{
-    self, Config, DeviceDiscovery, FsCache, GuestFiles, MissingGuestFile, TemplateMode,
-};
+use crate::config::{self, Config, DeviceDiscovery, GuestFiles, MissingGuestFile, TemplateMode};
 use crate::template::{
     BuildTemplateError, TemplateKey, TemplateMachine, TemplateManager, TemplateParts, TemplateStore,
 };
@@ -280,11 +278,7 @@ fn devices(
 ) -> Result<DeviceSet, VmError> {
     let mut share = FsConfig::new(agent_api::SHARE_TAG, share.to_owned());
     share.workers = fs.workers;
-    share.cache = match fs.cache {
-        FsCache::Never => CachePolicy::Never,
-        FsCache::Auto => CachePolicy::Auto,
-        FsCache::Always => CachePolicy::Always,
-    };
+    share.cache = fs.cache.into();
     let share = Fs::new(share).map_err(backend_error)?;
     let mut vsock = VsockConfig::new(GUEST_CID);
     vsock.uds_path = vsock_socket;
@@ -327,11 +321,7 @@ impl SandboxBackend for VmmBackend {
     }
 
     fn guest_environment(&self) -> BTreeMap<String, String> {
-        self.host
-            .guest_environment()
-            .iter()
-            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
-            .collect()
+        guest_environment(&self.host)
     }
 
     async fn prepare(&self, request: &MachineRequest) {

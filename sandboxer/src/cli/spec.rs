@@ -1,7 +1,7 @@
 //! The OCI runtime spec of a container, as other engines write it.
 
 use bytesize::ByteSize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::disk::DiskArg;
 use super::values::{CPU_PERIOD_US, Cpus, Volume};
@@ -248,17 +248,24 @@ impl ContainerSpec {
     }
 
     fn resources(&self) -> Value {
-        let mut resources =
-            json!({"devices": [{"allow": self.process.privileged, "access": "rwm"}]});
-        if let (Some(memory), Some(map)) = (self.memory, resources.as_object_mut()) {
-            map.insert("memory".to_owned(), json!({"limit": memory.as_u64()}));
-        }
-        if let (Some(cpus), Some(map)) = (self.cpus, resources.as_object_mut()) {
-            let cpu = json!({"quota": cpus.quota_us, "period": CPU_PERIOD_US});
-            map.insert("cpu".to_owned(), cpu);
-        }
-        resources
+        let mut resources = limits(self.memory, self.cpus);
+        let devices = json!([{"allow": self.process.privileged, "access": "rwm"}]);
+        resources.insert("devices".to_owned(), devices);
+        Value::Object(resources)
     }
+}
+
+/// The limits that were given, as fields of OCI `LinuxResources`.
+pub(super) fn limits(memory: Option<ByteSize>, cpus: Option<Cpus>) -> Map<String, Value> {
+    let mut limits = Map::new();
+    if let Some(memory) = memory {
+        limits.insert("memory".to_owned(), json!({"limit": memory.as_u64()}));
+    }
+    if let Some(cpus) = cpus {
+        let cpu = json!({"quota": cpus.quota_us, "period": CPU_PERIOD_US});
+        limits.insert("cpu".to_owned(), cpu);
+    }
+    limits
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `kuasar-ctl update`: new limits for a running container.
 
+use bytesize::ByteSize;
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -7,8 +8,8 @@ use super::args::Global;
 use super::error::Result;
 use super::output;
 use super::pods::find;
-use super::values::{self, CPU_PERIOD_US, Cpus};
-use bytesize::ByteSize;
+use super::spec::limits;
+use super::values::{self, Cpus};
 
 /// Changes the limits of a running pod's containers; the VM grows where they are above its size
 #[derive(Debug, Args)]
@@ -46,14 +47,6 @@ pub(super) async fn update(global: &Global, args: &UpdateArgs) -> Result<()> {
 impl UpdateArgs {
     /// OCI `LinuxResources`.
     fn resources(&self) -> Value {
-        let mut resources = json!({});
-        if let (Some(memory), Some(map)) = (self.memory, resources.as_object_mut()) {
-            map.insert("memory".to_owned(), json!({"limit": memory.as_u64()}));
-        }
-        if let (Some(cpus), Some(map)) = (self.cpus, resources.as_object_mut()) {
-            let cpu = json!({"quota": cpus.quota_us, "period": CPU_PERIOD_US});
-            map.insert("cpu".to_owned(), cpu);
-        }
-        resources
+        Value::Object(limits(self.memory, self.cpus))
     }
 }

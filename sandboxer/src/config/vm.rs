@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
+use devices::virtio::fs::CachePolicy;
 use guest_image::{Cache, GuestError, GuestImage};
 use serde::{Deserialize, Serialize};
 
@@ -283,6 +284,16 @@ pub enum FsCache {
     Auto,
     /// For ever.
     Always,
+}
+
+impl From<FsCache> for CachePolicy {
+    fn from(cache: FsCache) -> Self {
+        match cache {
+            FsCache::Never => Self::Never,
+            FsCache::Auto => Self::Auto,
+            FsCache::Always => Self::Always,
+        }
+    }
 }
 
 #[cfg(test)]

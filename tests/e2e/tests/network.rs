@@ -9,7 +9,6 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
 use std::time::Duration;
 
 use e2e::World;
@@ -51,15 +50,6 @@ impl Net {
         self.bridge
             .ip(&format!("link set port-{name} master br0 up"));
         self.pod.ip(&format!("link set {name} up"));
-    }
-
-    fn pings(&self, address: &str) -> bool {
-        self.bridge.run(|| {
-            let ping = Command::new("/bin/busybox")
-                .args(["ping", "-c", "2", "-W", "20", address])
-                .output();
-            ping.unwrap().status.success()
-        })
     }
 
     /// What the peer at `address` answers to an HTTP request.
@@ -127,7 +117,7 @@ fn a_pod_is_reachable_and_reaches_others() {
     // From outside, over each address and family.
     for address in ["10.77.0.2", "fd77::2"] {
         eventually("an answer to a ping", SLOW, || {
-            net.pings(address).then_some(())
+            net.bridge.pings(address).then_some(())
         });
     }
     net.bridge.ip("route add 10.77.0.3/32 dev br0");
@@ -214,7 +204,7 @@ fn a_pod_has_as_many_cards_as_there_are_slots() {
     }
     for address in ["10.77.0.2", "10.77.0.12"] {
         eventually("an answer to a ping", SLOW, || {
-            net.pings(address).then_some(())
+            net.bridge.pings(address).then_some(())
         });
     }
     world.ctl.run(["rm", "--force", "two"]).expect_code(0);

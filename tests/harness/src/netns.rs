@@ -110,6 +110,21 @@ impl NetNs {
         text
     }
 
+    /// Whether `address` answers to pings from the namespace, of which it may miss one. Packets
+    /// are handled by an emulated kernel on some hosts: each has 20 s.
+    ///
+    /// # Panics
+    /// When there is no busybox.
+    #[must_use]
+    pub fn pings(&self, address: &str) -> bool {
+        self.run(|| {
+            let ping = Command::new("/bin/busybox")
+                .args(["ping", "-c", "2", "-W", "20", address])
+                .output();
+            ping.expect("run busybox").status.success()
+        })
+    }
+
     /// Takes the namespace's file away, as CNI does; it lives on while somebody is in it.
     pub fn unbind(&self) {
         let _ = umount2(&self.path(), MntFlags::MNT_DETACH);

@@ -70,6 +70,13 @@ pub(crate) struct ChunkList(Vec<Chunk>);
 #[derive(Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MemoryDigest(Digest);
 
+impl MemoryDigest {
+    /// Of the memory whose [`ChunkList::to_bytes`] these are.
+    pub(crate) fn of_list(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+}
+
 impl std::fmt::Debug for MemoryDigest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&blake3::Hash::from(self.0).to_hex())
@@ -95,6 +102,12 @@ impl ChunkList {
         let number = number(offset).ok()?;
         let found = self.0.binary_search_by_key(&number, |chunk| chunk.number);
         self.0.get(found.ok()?)
+    }
+
+    /// Where the first chunk at or after `from` lies; `u64::MAX` when there is none.
+    pub(crate) fn next(&self, from: u64) -> u64 {
+        let behind = self.0.partition_point(|chunk| chunk.offset() < from);
+        self.0.get(behind).map_or(u64::MAX, Chunk::offset)
     }
 
     /// As the file `chunks` holds it.
@@ -137,10 +150,6 @@ impl ChunkList {
         memory_bytes
             .div_ceil(CHUNK_BYTES as u64)
             .saturating_mul(ENTRY_BYTES as u64)
-    }
-
-    pub(crate) fn digest(&self) -> MemoryDigest {
-        MemoryDigest(*blake3::hash(&self.to_bytes()).as_bytes())
     }
 
     #[cfg(test)]
@@ -282,6 +291,8 @@ mod tests {
         assert!(bytes.len() as u64 <= ChunkList::max_bytes(10 * CHUNK));
         assert_eq!(chunks.at(9 * CHUNK + 5), Some(&chunks.0[2]));
         assert_eq!(chunks.at(8 * CHUNK), None);
+        let next = [0, 1, CHUNK, CHUNK + 1, 10 * CHUNK].map(|from| chunks.next(from));
+        assert_eq!(next, [0, CHUNK, CHUNK, 9 * CHUNK, u64::MAX]);
     }
 
     #[test]

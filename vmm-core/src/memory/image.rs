@@ -116,10 +116,7 @@ impl MemoryImage {
     pub(super) fn next_chunk(&self, from: u64) -> io::Result<u64> {
         match &self.content {
             Content::Sealed(file, _) => next_data(file, from),
-            Content::Stored(stored) => {
-                let mut offsets = stored.chunks().iter().map(super::chunks::Chunk::offset);
-                Ok(offsets.find(|offset| *offset >= from).unwrap_or(u64::MAX))
-            }
+            Content::Stored(stored) => Ok(stored.chunks().next(from)),
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{CHUNKS, MEMORY, MachineState, STATE, SnapshotError, Stored, file};
-use crate::memory::{ChunkList, RamSize, StoredMemory};
+use crate::memory::{ChunkList, MemoryDigest, RamSize, StoredMemory};
 
 /// Most snapshots below one. Each is a file that stays open while its memory is read.
 const MAX_DEPTH: usize = 32;
@@ -33,7 +33,7 @@ impl Base {
         let (_, memory) = open_below(&dir, label, 1)?;
         if memory.size() != size {
             let (found, wanted) = (memory.bytes(), size.total_bytes());
-            return Err(failed(invalid(format!(
+            return Err(failed(file::invalid(&format!(
                 "its machine has {found} bytes of memory instead of {wanted}"
             ))));
         }
@@ -75,7 +75,7 @@ fn open_below(
     }
     let base = match &stored.base {
         Some(_) if depth == MAX_DEPTH => {
-            return Err(failed(&path)(invalid(format!(
+            return Err(failed(&path)(file::invalid(&format!(
                 "more than {MAX_DEPTH} snapshots are below it; make one without a base"
             ))));
         }
@@ -98,15 +98,8 @@ fn read_chunks(path: &Path, stored: &Stored) -> io::Result<ChunkList> {
     let limit = ChunkList::max_bytes(memory_bytes).saturating_add(1);
     let mut bytes = Vec::new();
     File::open(path)?.take(limit).read_to_end(&mut bytes)?;
-    let chunks = ChunkList::parse(&bytes, memory_bytes)?;
-    if chunks.digest() != stored.memory {
-        return Err(invalid(
-            "the list of chunks does not have its digest".to_owned(),
-        ));
+    if MemoryDigest::of_list(&bytes) != stored.memory {
+        return Err(file::invalid("the list of chunks does not have its digest"));
     }
-    Ok(chunks)
-}
-
-fn invalid(what: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
+    ChunkList::parse(&bytes, memory_bytes)
 }

@@ -73,7 +73,7 @@ pub(super) fn parse(bytes: &[u8]) -> io::Result<Stored> {
     }
 }
 
-fn invalid(what: &str) -> io::Error {
+pub(super) fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 

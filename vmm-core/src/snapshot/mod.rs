@@ -163,10 +163,11 @@ pub(crate) fn store(
     let chunks = write_memory(&file, base.map(Base::chunks)).map_err(failed(&path))?;
     file.sync_all().map_err(failed(&path))?;
     let path = dir.join(CHUNKS);
-    write_file(&path, &chunks.to_bytes()).map_err(failed(&path))?;
+    let list = chunks.to_bytes();
+    write_file(&path, &list).map_err(failed(&path))?;
     let stored = Stored {
         label: label.to_owned(),
-        memory: chunks.digest(),
+        memory: MemoryDigest::of_list(&list),
         base: base.map(|base| base.dir().to_owned()),
         machine,
     };

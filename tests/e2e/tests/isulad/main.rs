@@ -11,7 +11,6 @@ mod client;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use e2e::World;
@@ -96,15 +95,6 @@ fn cni_add(bridge: &NetNs, pod: &NetNs) {
     pod.ip("route add default via 10.88.0.1");
 }
 
-fn pings(from: &NetNs, address: &str) -> bool {
-    from.run(|| {
-        let ping = Command::new("/bin/busybox")
-            .args(["ping", "-c", "1", "-W", "10", address])
-            .output();
-        ping.unwrap().status.success()
-    })
-}
-
 fn config() -> cri::PodSandboxConfig {
     cri::PodSandboxConfig {
         metadata: Some(cri::PodSandboxMetadata {
@@ -161,7 +151,7 @@ async fn a_pod_lives_as_isulad_has_it() {
 
     // The network that came late has reached the guest.
     eventually("an answer to a ping", SLOW, || {
-        pings(&bridge, "10.88.0.2").then_some(())
+        bridge.pings("10.88.0.2").then_some(())
     });
 
     // Exec: announced, run, and forgotten by leaving the list.
