@@ -94,6 +94,11 @@ bench-template: build guest ## Clones of a template beside boots and QEMU's rest
 	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86
 	$(STEP) "template benchmark" -- $(CARGO) run --release -p bench --bin bench-template
 
+.PHONY: bench-wasm
+bench-wasm: setup ## WebAssembly: compiling, starts, density and HTTP, beside wasmtime's CLI; writes target/bench/wasm.json
+	-$(STEP) "get wasmtime's CLI, to compare with" -- scripts/wasmtime
+	$(STEP) "WebAssembly benchmark" -- $(CARGO) run --release -p bench --bin bench-wasm
+
 .PHONY: clean
 clean: ## Remove build output (the guest cache stays; `kuasar-ctl guest info` says where)
 	$(CARGO) clean

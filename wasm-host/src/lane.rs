@@ -97,10 +97,17 @@ impl Lane {
 impl Drop for Inner {
     fn drop(&mut self) {
         drop(self.stop.take());
-        if let Some(thread) = self.thread.take()
-            && thread.thread().id() != std::thread::current().id()
-        {
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        if thread.thread().id() == std::thread::current().id() {
+            return;
+        }
+        let join = move || drop(thread.join());
+        match Handle::try_current() {
+            // An event loop does not wait for a thread.
+            Ok(runtime) => drop(runtime.spawn_blocking(join)),
+            Err(_) => join(),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod external;
 pub mod vmm;
+pub mod wasm;
 
 use std::collections::BTreeMap;
 use std::fmt;

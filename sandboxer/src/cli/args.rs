@@ -11,6 +11,7 @@ use super::update::UpdateArgs;
 use super::values::{self, Cpus, Volume};
 use crate::config::Overrides;
 use crate::image::UserSpec;
+use crate::server::{DEFAULT_DIR, DEFAULT_LISTEN};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -41,7 +42,7 @@ pub(super) struct Global {
         global = true,
         value_name = "SOCKET",
         env = "KUASAR_ADDRESS",
-        default_value = "/run/vmm-sandboxer.sock"
+        default_value = DEFAULT_LISTEN
     )]
     pub(super) address: PathBuf,
     /// State folder of the running daemon
@@ -50,7 +51,7 @@ pub(super) struct Global {
         global = true,
         value_name = "DIR",
         env = "KUASAR_STATE_DIR",
-        default_value = "/run/kuasar-vmm"
+        default_value = DEFAULT_DIR
     )]
     pub(super) dir: PathBuf,
     /// Say on stderr what is being done, and show the log
@@ -90,11 +91,14 @@ Examples:
   kuasar-ctl run --rootfs ./rootfs --cpus 2 --memory 256MiB -- /bin/make test
   kuasar-ctl run -d --name web -v \"$PWD/site:/srv:ro\" ./nginx.tar
   echo 6*7 | kuasar-ctl run -i --rootfs ./rootfs -- /usr/bin/bc
+  kuasar-ctl run -v \"$PWD:/data\" ./app.wasm -- list /data
 
+Programs whose name ends in .wasm or .wat run in wasm-sandboxer instead of a microVM.
 Without a running daemon one is started inside this process, for this container only.
 Ctrl-C is passed to the container; a second one kills it.")]
 pub(super) struct RunArgs {
-    /// OCI image layout, OCI archive or docker archive, as PATH, PATH:TAG or PATH@DIGEST
+    /// OCI image layout, OCI archive or docker archive, as PATH, PATH:TAG or PATH@DIGEST; or a
+    /// WebAssembly program, PATH.wasm or PATH.wat
     #[arg(required_unless_present = "rootfs", conflicts_with = "rootfs")]
     pub(super) image: Option<String>,
     /// Folder, block device or disk image with a file system to use as root file system instead

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::FlockOperation;
@@ -10,10 +11,14 @@ use super::client::Controller;
 use super::error::{CliError, Doing, Result, chain};
 use super::output::Steps;
 use super::store::{private_dir, state_root};
+use crate::backend::SandboxBackend;
+use crate::backend::wasm::WasmBackend;
 use crate::config::{Config, Overrides};
 use crate::pod::record;
 use crate::pod::storage::remove_tree;
-use crate::server::{RunningServer, Server, ServerOptions};
+use crate::server::{
+    DEFAULT_LISTEN, DEFAULT_WASM_DIR, DEFAULT_WASM_LISTEN, RunningServer, Server, ServerOptions,
+};
 
 /// Folder, below the CLI's own, that holds the daemons inside CLI processes.
 const EMBEDDED: &str = "embedded";
@@ -23,6 +28,44 @@ const STATE: &str = "state";
 const LOCK: &str = "daemon.lock";
 /// Ending the only pod of an embedded daemon, on the slowest hosts.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
+
+/// Which daemon runs a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// In a microVM.
+    Vmm,
+    /// A WebAssembly program.
+    Wasm,
+}
+
+/// A daemon that a command wants.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    kind: Kind,
+    address: PathBuf,
+}
+
+impl Wanted {
+    /// The daemon of this kind at `address`, unless that is nothing but the default of
+    /// another kind.
+    pub(super) fn new(kind: Kind, address: &Path) -> Self {
+        let address = match kind {
+            Kind::Wasm if address == Path::new(DEFAULT_LISTEN) => Path::new(DEFAULT_WASM_LISTEN),
+            _ => address,
+        };
+        Self {
+            kind,
+            address: address.to_owned(),
+        }
+    }
+
+    fn program(&self) -> &'static str {
+        match self.kind {
+            Kind::Vmm => "vmm-sandboxer",
+            Kind::Wasm => "wasm-sandboxer",
+        }
+    }
+}
 
 /// A daemon to run a pod with.
 #[derive(Debug)]
@@ -61,15 +104,16 @@ impl Drop for Folder {
 }
 
 impl Daemon {
-    /// Connects to the daemon at `address`, or starts one inside this process, unless the
+    /// Connects to the daemon, or starts one inside this process, unless the
     /// pod is to outlive this process.
     pub(super) async fn reach(
-        address: &Path,
+        wanted: &Wanted,
         config: Option<&Path>,
         overrides: Overrides,
         detach: bool,
         steps: &Steps,
     ) -> Result<Self> {
+        let address = &wanted.address;
         if let Some(controller) = Controller::connect(address).await? {
             return Ok(Self {
                 controller,
@@ -81,13 +125,16 @@ impl Daemon {
                 "--detach needs a running daemon, and none listens on {}",
                 address.display()
             ))
-            .next("start one with `vmm-sandboxer`, or leave --detach out"));
+            .next(format!(
+                "start one with `{}`, or leave --detach out",
+                wanted.program()
+            )));
         }
         steps.step(&format!(
             "nothing listens on {}: starting a daemon in this process",
             address.display()
         ));
-        let embedded = Embedded::start(config, overrides).await?;
+        let embedded = Embedded::start(wanted.kind, config, overrides).await?;
         let Some(controller) = Controller::connect(embedded.server.address()).await? else {
             embedded.end().await;
             return Err(CliError::new("the daemon in this process does not answer"));
@@ -108,9 +155,16 @@ impl Daemon {
 }
 
 impl Embedded {
-    async fn start(config: Option<&Path>, overrides: Overrides) -> Result<Self> {
+    async fn start(kind: Kind, config: Option<&Path>, overrides: Overrides) -> Result<Self> {
         let mut config = Config::load(config).map_err(|e| CliError::new(chain(&e)))?;
         overrides.apply(&mut config);
+        let backend: Option<Arc<dyn SandboxBackend>> = match kind {
+            Kind::Vmm => None,
+            Kind::Wasm => {
+                let wasm = WasmBackend::new(config.wasm.clone());
+                Some(Arc::new(wasm.map_err(|e| CliError::new(chain(&e)))?))
+            }
+        };
         let parent = embedded_root();
         private_dir(&parent)?;
         collect_garbage(parent.clone()).await;
@@ -119,7 +173,7 @@ impl Embedded {
             listen: folder.0.join(SOCKET),
             dir: folder.0.join(STATE),
             config,
-            backend: None,
+            backend,
         })
         .await
         .map_err(|e| {
@@ -184,10 +238,15 @@ pub(super) fn places(address: &Path, dir: &Path) -> Vec<Place> {
         address: entry.path().join(SOCKET),
         dir: entry.path().join(STATE),
     });
+    let wasm = (address == Path::new(DEFAULT_LISTEN)).then(|| Place {
+        address: PathBuf::from(DEFAULT_WASM_LISTEN),
+        dir: PathBuf::from(DEFAULT_WASM_DIR),
+    });
     std::iter::once(Place {
         address: address.to_owned(),
         dir: dir.to_owned(),
     })
+    .chain(wasm)
     .chain(embedded)
     .collect()
 }

@@ -14,6 +14,7 @@ use super::error::{CliError, Doing, Result};
 use super::output::Steps;
 use super::signals::{Signals, exit_code};
 use super::store::PodFolder;
+use super::values::Volume;
 use crate::image::{
     Identity, ImageStore, Limits, Progress, RootDir, UnpackControl, UnpackedImage, UserSpec,
 };
@@ -30,6 +31,18 @@ pub(super) enum Root {
     Folder(PathBuf),
     /// A disk of the user's with this file system, written to directly.
     Disk(PathBuf, &'static str),
+    /// A WebAssembly program of the user's, alone in an empty root.
+    Program(PathBuf),
+}
+
+/// What ends the names of WebAssembly programs.
+const PROGRAMS: [&str; 2] = ["wasm", "wat"];
+
+/// Whether `name` is that of a WebAssembly program.
+pub(super) fn is_wasm(name: &str) -> bool {
+    Path::new(name)
+        .extension()
+        .is_some_and(|end| PROGRAMS.iter().any(|known| end == *known))
 }
 
 /// What an image says about its process; nothing for a plain folder.
@@ -54,14 +67,25 @@ impl Root {
             return folder_root(folder);
         }
         let reference = args.image.clone().unwrap_or_default();
+        if is_wasm(&reference) && Path::new(&reference).is_file() {
+            let path = fs::canonicalize(&reference).doing(|| format!("find {reference}"))?;
+            return Ok(Self::Program(path));
+        }
         steps.step(&format!("unpacking {reference}"));
         let image = unpack(reference, signals, Arc::clone(steps)).await?;
         Ok(Self::Image(Box::new(image)))
     }
 
     pub(super) fn defaults(&self) -> ImageDefaults {
-        let Self::Image(image) = self else {
-            return ImageDefaults::default();
+        let image = match self {
+            Self::Image(image) => image,
+            Self::Folder(_) => return ImageDefaults::default(),
+            Self::Program(path) => {
+                return ImageDefaults {
+                    entrypoint: vec![in_container(path)],
+                    ..ImageDefaults::default()
+                };
+            }
         };
         let Some(config) = image.config.config() else {
             return ImageDefaults::default();
@@ -82,21 +106,31 @@ impl Root {
             Self::Image(image) => vec![image.rootfs.clone()],
             Self::Folder(folder) => vec![folder.clone()],
             // Only the guest sees its files.
-            Self::Disk(..) => Vec::new(),
+            Self::Disk(..) | Self::Program(_) => Vec::new(),
+        }
+    }
+
+    /// What else the container sees of the host.
+    pub(super) fn volumes(&self) -> Vec<Volume> {
+        match self {
+            Self::Program(path) => vec![Volume {
+                source: path.clone(),
+                destination: in_container(path).into(),
+                read_only: true,
+            }],
+            _ => Vec::new(),
         }
     }
 
     /// What the daemon has to mount, with a writable layer in the pod's folder.
     pub(super) fn mounts(&self, folder: &PodFolder) -> Result<Vec<Mount>> {
         match self {
-            Self::Folder(path) => {
-                let options = vec!["rbind".to_owned(), "rw".to_owned()];
-                Ok(vec![rootfs_mount("bind", &path.to_string_lossy(), options)])
-            }
+            Self::Folder(path) => Ok(vec![bind_mount(path)]),
             Self::Disk(path, fstype) => {
                 let options = vec!["loop".to_owned()];
                 Ok(vec![rootfs_mount(fstype, &path.to_string_lossy(), options)])
             }
+            Self::Program(_) => Ok(vec![bind_mount(&folder.sub_dir(&folder.data, "root")?)]),
             Self::Image(image) => {
                 let upper = folder.sub_dir(&folder.data, "upper")?;
                 let work = folder.sub_dir(&folder.data, "work")?;
@@ -118,6 +152,17 @@ impl Root {
             }
         }
     }
+}
+
+fn bind_mount(path: &Path) -> Mount {
+    let options = vec!["rbind".to_owned(), "rw".to_owned()];
+    rootfs_mount("bind", &path.to_string_lossy(), options)
+}
+
+/// Where the container has a program of the host.
+fn in_container(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    format!("/{}", name.to_string_lossy())
 }
 
 fn option(name: &str, path: &Path) -> Result<String> {

@@ -11,11 +11,11 @@ use nix::sys::signal::Signal;
 use super::args::{Global, ProcessArgs, RunArgs};
 use super::attend::Attended;
 use super::client::{Controller, ProcessName, StdioNames};
-use super::daemon::Daemon;
+use super::daemon::{Daemon, Kind, Wanted};
 use super::error::{CliError, Doing, KILLED, Result};
 use super::output::{self, Steps, note};
 use super::pods::{Found, PodRef};
-use super::root::{ImageDefaults, Root, arguments, resolve_user};
+use super::root::{ImageDefaults, Root, arguments, is_wasm, resolve_user};
 use super::signals::{Signals, exit_code};
 use super::spec::{ContainerSpec, ProcessSpec};
 use super::stdio::Fifos;
@@ -35,10 +35,15 @@ pub(super) async fn run(global: &Global, args: RunArgs) -> Result<u8> {
     let steps = Arc::new(Steps::new(global.verbose));
     let root = Root::prepare(&args, &mut signals, &steps).await?;
     let spec = container_spec(&args, &root)?;
+    let kind = match spec.process.args.first() {
+        Some(program) if is_wasm(program) => Kind::Wasm,
+        _ => Kind::Vmm,
+    };
+    let wanted = Wanted::new(kind, &global.address);
     let daemon = interruptible(
         &mut signals,
         Daemon::reach(
-            &global.address,
+            &wanted,
             args.config.as_deref(),
             args.overrides,
             args.detach,
@@ -163,7 +168,7 @@ impl Pod {
             self.controller
                 .create(id, netns.as_deref(), &self.pod_config(args))
                 .await?;
-            steps.step("booting the VM");
+            steps.step("starting the pod");
             let task = self.controller.start(id).await?;
             steps.step("creating the container");
             task.create(id, &self.bundle, self.mounts.clone(), &stdio)
@@ -291,7 +296,7 @@ fn container_spec(args: &RunArgs, root: &Root) -> Result<ContainerSpec> {
             privileged: args.privileged,
         },
         read_only: args.read_only,
-        volumes: args.volumes.clone(),
+        volumes: args.volumes.iter().cloned().chain(root.volumes()).collect(),
         disks: args.disks.clone(),
         cpus: args.cpus,
         memory: args.memory,

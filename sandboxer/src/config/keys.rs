@@ -2,7 +2,7 @@
 
 use serde_aux::serde_introspection::serde_introspect;
 
-use super::{Config, Events, Fs, Hypervisor, Qemu, Sandbox, Templates, Timeouts, Vm};
+use super::{Config, Events, Fs, Hypervisor, Qemu, Sandbox, Templates, Timeouts, Vm, Wasm};
 
 /// A key further away than this many edits is no suggestion.
 const MAX_EDITS: usize = 3;
@@ -19,6 +19,7 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "templates" => serde_introspect::<Templates>(),
         "fs" => serde_introspect::<Fs>(),
         "events" => serde_introspect::<Events>(),
+        "wasm" => serde_introspect::<Wasm>(),
         "timeouts" => serde_introspect::<Timeouts>(),
         _ => &[],
     };

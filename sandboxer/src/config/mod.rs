@@ -7,6 +7,7 @@ mod hypervisor;
 mod keys;
 mod templates;
 mod vm;
+mod wasm;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ pub use hypervisor::{Accel, Hypervisor, HypervisorKind, MachineType, Qemu};
 pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::MIN_MEMORY;
 pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
+pub use wasm::{Wasm, WasmThreads};
 
 /// Where the daemon looks when no `--config` is given; the file may be absent.
 pub const DEFAULT_PATH: &str = "/var/lib/kuasar/config.toml";
@@ -40,6 +42,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Who is told what happens to containers.
     pub events: Events,
+    /// Pods of WebAssembly programs.
+    pub wasm: Wasm,
 }
 
 /// `[sandbox]`: the daemon itself.
@@ -254,6 +258,7 @@ impl Config {
         config.fs.check(path)?;
         config.templates.check(path)?;
         config.hypervisor.check(path)?;
+        config.wasm.check(path)?;
         Ok(config)
     }
 }
@@ -321,6 +326,11 @@ mod tests {
             ("[templates]\nkeep = 0", "templates.keep = 0: "),
             ("[templates]\nwarm = 1000", "templates.warm = 1000: "),
             ("[templates]\nmode = 'on'", "on"),
+            ("[wasm]\nmax_instances = 0", "wasm.max_instances = 0: "),
+            ("[wasm]\nmax_memory = '8GiB'", "wasm.max_memory = "),
+            ("[wasm]\nnice = 20", "wasm.nice = 20: "),
+            ("[wasm]\nmax_handles = 1", "wasm.max_handles = 1: "),
+            ("[wasm]\nhttp_listen = 'x'", "http_listen"),
             ("[vm]\nmemory = 'lots'", "memory"),
             ("[sandbox]\nmode = 'magic'", "magic"),
             ("[timeouts]\nboot = 5", "boot"),

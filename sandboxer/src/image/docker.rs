@@ -35,6 +35,7 @@ pub(super) fn choose(files: Files, selector: Option<&str>) -> Result<Chosen, Ima
             file: file.clone(),
             blob: None,
             diff_id,
+            program: None,
         })
         .collect();
     Ok(Chosen {

@@ -9,6 +9,7 @@
 //! built (see [`rootdir`]), and sizes, counts and depths are bounded by [`Limits`].
 
 mod archive;
+mod artifact;
 mod blob;
 mod docker;
 mod error;

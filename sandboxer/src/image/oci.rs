@@ -6,9 +6,10 @@ use oci_spec::image::{
 use serde::de::DeserializeOwned;
 
 use super::ImageError;
+use super::artifact;
 use super::blob;
 use super::reference::names_match;
-use super::source::{Chosen, Files, LayerSource, check_platform, diff_ids, host_platform};
+use super::source::{Chosen, Files, LayerSource, WASM, check_platform, diff_ids, host_platform};
 
 /// Indexes inside indexes.
 const MAX_INDEX_DEPTH: usize = 4;
@@ -38,6 +39,9 @@ pub(super) fn choose(files: Files, selector: Option<&str>) -> Result<Chosen, Ima
     })?;
     let digest = manifest.digest().clone();
     let manifest: ImageManifest = parse("manifest", &verified(&files, &manifest)?)?;
+    if let Some(program) = artifact::program(&manifest) {
+        return artifact::choose(files, digest, program);
+    }
     let config = configuration(&files, &manifest)?;
     check_platform(&config)?;
     let ids = diff_ids(&config, manifest.layers().len())?;
@@ -53,6 +57,7 @@ pub(super) fn choose(files: Files, selector: Option<&str>) -> Result<Chosen, Ima
                 file: blob_file(layer.digest()),
                 blob: Some((layer.digest().clone(), layer.size())),
                 diff_id,
+                program: None,
             })
         })
         .collect::<Result<_, _>>()?;
@@ -119,7 +124,8 @@ fn resolve(
     for candidate in candidates.iter().filter(|d| !is_attestation(d)) {
         if let Some(platform) = candidate.platform() {
             let found = format!("{}/{}", platform.os(), platform.architecture());
-            if found != format!("{os}/{architecture}") {
+            let wasm = platform.architecture().to_string() == WASM;
+            if found != format!("{os}/{architecture}") && !wasm {
                 seen.push(found);
                 continue;
             }
@@ -190,7 +196,7 @@ pub(super) fn unknown_algorithm(digest: &Digest) -> ImageError {
     )
 }
 
-fn blob_file(digest: &Digest) -> String {
+pub(super) fn blob_file(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm(), digest.digest())
 }
 

@@ -70,6 +70,8 @@ pub(super) struct LayerSource {
     pub(super) blob: Option<(Digest, u64)>,
     /// Digest of the plain tar.
     pub(super) diff_id: Digest,
+    /// The file is no tar but a WebAssembly program, which gets this name.
+    pub(super) program: Option<String>,
 }
 
 /// One image, chosen and with its documents verified.
@@ -135,11 +137,14 @@ pub(super) fn host_platform() -> (&'static str, &'static str) {
     ("linux", architecture)
 }
 
+/// Architecture of images that hold a WebAssembly program.
+pub(super) const WASM: &str = "wasm";
+
 /// Refuses an image of another platform.
 pub(super) fn check_platform(config: &ImageConfiguration) -> Result<(), ImageError> {
     let (os, architecture) = host_platform();
     let found = (config.os().to_string(), config.architecture().to_string());
-    if found.0 == os && found.1 == architecture {
+    if (found.0 == os && found.1 == architecture) || found.1 == WASM {
         return Ok(());
     }
     Err(ImageError::Platform {

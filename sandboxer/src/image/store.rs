@@ -200,7 +200,13 @@ impl ImageStore {
                 bytes: layer.blob.as_ref().map(|(_, size)| *size),
             });
             let label = format!("layer {number} of {of} ({})", layer.diff_id);
-            apply(&mut unpacker, chosen, layer, &label)?;
+            match &layer.program {
+                None => apply(&mut unpacker, chosen, layer, &label)?,
+                Some(name) => {
+                    let bytes = self.limits.max_bytes;
+                    copy_program(&rootfs.join(name), chosen, layer, &label, bytes)?;
+                }
+            }
         }
         // The rename must not reach the disk before the content does.
         root.syncable()
@@ -260,6 +266,31 @@ fn apply(
         });
     }
     Ok(())
+}
+
+/// Takes a layer that is a program, as a file.
+fn copy_program(
+    path: &Path,
+    chosen: &Chosen,
+    layer: &LayerSource,
+    label: &str,
+    max_bytes: u64,
+) -> Result<(), ImageError> {
+    let unreadable = |source| ImageError::Layer {
+        layer: label.to_owned(),
+        source,
+    };
+    let (raw, _) = chosen.files.open(&layer.file).map_err(unreadable)?;
+    let mut stored = Hashing::new(raw, layer.diff_id.algorithm())
+        .ok_or_else(|| unknown_algorithm(&layer.diff_id))?;
+    let mut file = File::create_new(path).map_err(|e| ImageError::io("create", path, e))?;
+    let mut bounded = io::Read::take(&mut stored, max_bytes);
+    io::copy(&mut bounded, &mut file).map_err(unreadable)?;
+    let (found, bytes) = stored.finish().map_err(unreadable)?;
+    match &layer.blob {
+        Some((digest, size)) => check_blob(label, digest, *size, &found, bytes),
+        None => Ok(()),
+    }
 }
 
 /// The image at `place`, if it is there. Only a finished image has that name.

@@ -1,5 +1,6 @@
 //! The daemon as a value: start it, use its address, shut it down.
 
+pub mod daemon;
 mod folder;
 mod socket;
 #[cfg(test)]
@@ -33,6 +34,12 @@ pub const DEFAULT_LISTEN: &str = "/run/vmm-sandboxer.sock";
 
 /// Where `vmm-sandboxer` keeps its pods unless told otherwise.
 pub const DEFAULT_DIR: &str = "/run/kuasar-vmm";
+
+/// Where `wasm-sandboxer` listens unless told otherwise.
+pub const DEFAULT_WASM_LISTEN: &str = "/run/wasm-sandboxer.sock";
+
+/// Where `wasm-sandboxer` keeps its pods unless told otherwise.
+pub const DEFAULT_WASM_DIR: &str = "/run/kuasar-wasm";
 
 /// What a daemon is started with.
 #[derive(Clone, Debug)]

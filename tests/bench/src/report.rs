@@ -62,6 +62,12 @@ impl Report {
         } else {
             "hardware"
         };
+        Self::without_vms(name, host_kind)
+    }
+
+    /// As [`Report::new`], for a benchmark to which the kind of host means something else.
+    #[must_use]
+    pub fn without_vms(name: &'static str, host_kind: &'static str) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo")
             .lines()

@@ -21,6 +21,8 @@ const INSTALLED: [(&str, u32); 13] = [
     ("opt/k/bin/containerd-shim-kuasar-wasm-v2", 0o755),
     ("opt/k/bin/kuasar-ctl", 0o755),
     ("opt/k/bin/vmm-sandboxer", 0o755),
+    ("opt/k/bin/wasm-sandboxer", 0o755),
+    ("opt/k/lib/systemd/system/kuasar-wasm.service", 0o644),
     ("opt/k/lib/systemd/system/vmm-sandboxer.service", 0o644),
     ("opt/k/share/bash-completion/completions/kuasar-ctl", 0o644),
     (
@@ -79,21 +81,22 @@ fn everything_is_where_the_documents_say() {
         assert!(dest.path().join(&page).is_file(), "{page}");
     }
 
-    let unit = dest
-        .path()
-        .join("opt/k/lib/systemd/system/vmm-sandboxer.service");
-    let text = fs::read_to_string(&unit).unwrap();
-    assert!(
-        text.contains("\nExecStart=/opt/k/bin/vmm-sandboxer\n"),
-        "{text}"
-    );
-    assert!(!text.contains("@BINDIR@"), "{text}");
-    systemd_takes(dest.path(), &text);
+    for (name, program) in [
+        ("vmm-sandboxer", "vmm-sandboxer"),
+        ("kuasar-wasm", "wasm-sandboxer"),
+    ] {
+        let units = dest.path().join("opt/k/lib/systemd/system");
+        let text = fs::read_to_string(units.join(format!("{name}.service"))).unwrap();
+        let start = format!("\nExecStart=/opt/k/bin/{program}\n");
+        assert!(text.contains(&start), "{text}");
+        assert!(!text.contains("@BINDIR@"), "{text}");
+        systemd_takes(dest.path(), &format!("{name}.service"), &text);
+    }
 }
 
 /// The programs are not at their place on this machine, so the check is told where they are.
-fn systemd_takes(dest: &Path, text: &str) {
-    let unit = dest.join("vmm-sandboxer.service");
+fn systemd_takes(dest: &Path, name: &str, text: &str) {
+    let unit = dest.join(name);
     let moved = dest.join("opt/k").display().to_string();
     fs::write(
         &unit,
@@ -109,7 +112,7 @@ fn systemd_takes(dest: &Path, text: &str) {
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{said}");
             // An unknown key is only said, not failed on.
-            assert!(!said.contains("vmm-sandboxer.service"), "{said}");
+            assert!(!said.contains(name), "{said}");
         }
         Err(error) => eprintln!("skipped: systemd-analyze: {error}"),
     }

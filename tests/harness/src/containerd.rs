@@ -26,11 +26,16 @@ use crate::{bin_dir, eventually};
 /// Name of the runtime handler and of the sandboxer behind it.
 pub const HANDLER: &str = "kuasar-vmm";
 
+/// Runtime handler of pods that `wasm-sandboxer` runs.
+pub const WASM_HANDLER: &str = "kuasar-wasm";
+
 /// The shims that containerd looks for on its PATH: for pods of a proxy plugin, when it loads
 /// what it left; and for every pod in [`Mode::Shim`].
-pub const SHIMS: [&str; 2] = [
+pub const SHIMS: [&str; 4] = [
     "containerd-shim-kuasar-vmm-v1",
     "containerd-shim-kuasar-vmm-v2",
+    "containerd-shim-kuasar-wasm-v1",
+    "containerd-shim-kuasar-wasm-v2",
 ];
 
 /// How long containerd may take to start or to end, and `ctr` to import an image.
@@ -92,6 +97,8 @@ pub enum Mode {
 /// What differs between containerds.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// The runtime handler, which also names the shim.
+    pub handler: &'static str,
     /// Which containerd.
     pub line: Line,
     /// How it reaches the daemon.
@@ -109,6 +116,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            handler: HANDLER,
             line: Line::default(),
             mode: Mode::default(),
             io_type: "fifo",
@@ -147,7 +155,7 @@ pub struct Shim {
 }
 
 impl Containerd {
-    /// Starts a containerd whose runtime [`HANDLER`] is `daemon`.
+    /// Starts a containerd whose runtime `options.handler` is `daemon`.
     ///
     /// # Panics
     /// When it does not become ready; the message holds its log.
@@ -169,6 +177,7 @@ impl Containerd {
         let cri = Cri::new(&dir.path().join("containerd.sock"));
         let environment = vec![
             ("KUASAR_VMM_SANDBOXER", daemon.address()),
+            ("KUASAR_WASM_SANDBOXER", daemon.address()),
             ("ENABLE_CRI_SANDBOXES", "yes".into()),
         ];
         let child = launch(options.line, dir.path(), &netns, &environment);

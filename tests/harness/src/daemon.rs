@@ -1,4 +1,4 @@
-//! A `vmm-sandboxer` of the test's own.
+//! A daemon of the test's own, `vmm-sandboxer` or `wasm-sandboxer`.
 
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
@@ -20,24 +20,38 @@ const LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
+    program: &'static str,
     dir: TempDir,
 }
 
 impl Daemon {
-    /// Starts the daemon with `config` as its TOML file and waits until it says READY.
+    /// Starts `vmm-sandboxer` with `config` as its TOML file and waits until it says READY.
     ///
     /// # Panics
     /// When it does not become ready; the message holds its log.
     #[must_use]
     pub fn start(config: &str) -> Self {
+        Self::start_program("vmm-sandboxer", config)
+    }
+
+    /// As [`Daemon::start`], for the daemon `program`.
+    ///
+    /// # Panics
+    /// As for [`Daemon::start`].
+    #[must_use]
+    pub fn start_program(program: &'static str, config: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("kuasar-e2e-")
             .tempdir()
             .expect("temporary dir");
         let config_path = dir.path().join("config.toml");
         std::fs::write(&config_path, config).expect("write the daemon's config");
-        let child = launch(dir.path());
-        Self { child, dir }
+        let child = launch(program, dir.path());
+        Self {
+            child,
+            program,
+            dir,
+        }
     }
 
     /// Starts the next daemon on the same folder and socket, once this one has ended.
@@ -46,7 +60,7 @@ impl Daemon {
     /// When that does not become ready; the message holds its log.
     pub fn start_again(&mut self) {
         let _ = self.child.wait();
-        self.child = launch(self.dir.path());
+        self.child = launch(self.program, self.dir.path());
     }
 
     /// Ends the daemon with SIGKILL and starts the next one on the same folder and socket.
@@ -117,7 +131,7 @@ impl Daemon {
 }
 
 /// Starts the daemon of `dir` and waits until it says READY.
-fn launch(dir: &Path) -> Child {
+fn launch(name: &str, dir: &Path) -> Child {
     let notify_path = dir.join("notify");
     let _ = std::fs::remove_file(&notify_path);
     let notify = UnixDatagram::bind(&notify_path).expect("bind the notify socket");
@@ -130,7 +144,7 @@ fn launch(dir: &Path) -> Child {
         .append(true)
         .open(&log_path)
         .expect("create the daemon's log");
-    let mut child = program("vmm-sandboxer")
+    let mut child = program(name)
         .arg("--listen")
         .arg(dir.join("sandboxer.sock"))
         .arg("--dir")
@@ -140,7 +154,7 @@ fn launch(dir: &Path) -> Child {
         .env("NOTIFY_SOCKET", &notify_path)
         .stderr(log)
         .spawn()
-        .expect("start vmm-sandboxer (was it built?)");
+        .expect("start the daemon (was it built?)");
     let mut message = [0; 4096];
     match notify.recv(&mut message) {
         Ok(n) if String::from_utf8_lossy(&message[..n]).contains("READY=1") => child,

@@ -42,7 +42,10 @@ impl Held {
             let target = fs::read_link(format!("{proc_dir}/fd/{fd}")).unwrap_or_default();
             let target = target.to_string_lossy().into_owned();
             // The daemon's own, kept for the pods to come.
-            if target.contains("memfd:template") {
+            if ["memfd:template", "memfd:wasm-memory-image"]
+                .iter()
+                .any(|own| target.contains(own))
+            {
                 continue;
             }
             held.fds += 1;

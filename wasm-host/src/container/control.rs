@@ -274,6 +274,8 @@ pub(super) struct Controlled<'a, F> {
     control: &'a Control,
     ticker: &'a Ticker,
     hold: Option<Pin<Box<Sleep>>>,
+    /// By which the gate wakes it.
+    waker: Option<Waker>,
 }
 
 impl<'a, F: Future> Controlled<'a, F> {
@@ -284,6 +286,7 @@ impl<'a, F: Future> Controlled<'a, F> {
             control,
             ticker,
             hold: None,
+            waker: None,
         }
     }
 }
@@ -291,6 +294,12 @@ impl<'a, F: Future> Controlled<'a, F> {
 impl<F> Drop for Controlled<'_, F> {
     fn drop(&mut self) {
         self.control.group.processes.fetch_sub(1, Ordering::AcqRel);
+        if let Some(own) = &self.waker {
+            self.control
+                .gate()
+                .wakers
+                .retain(|waker| !waker.will_wake(own));
+        }
     }
 }
 
@@ -298,6 +307,9 @@ impl<F: Future> Future for Controlled<'_, F> {
     type Output = Result<F::Output, u32>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.waker
+            .get_or_insert_with(|| cx.waker().clone())
+            .clone_from(cx.waker());
         loop {
             match self.control.pass(cx.waker()) {
                 Pass::Go => break,
@@ -404,6 +416,20 @@ mod tests {
         );
         control.kill_all();
         assert_eq!(exec.pass(Waker::noop()), Pass::End(9));
+    }
+
+    #[test]
+    fn a_gate_forgets_guests_that_are_gone() {
+        let control = Control::new(&Limits::default());
+        let engine = wasmtime::Engine::default();
+        let ticker = Ticker::start(&engine).unwrap();
+        let mut guest = Controlled::new(std::future::pending::<()>(), &control, &ticker);
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(Pin::new(&mut guest).poll(&mut cx).is_pending());
+        assert_eq!(control.gate().wakers.len(), 1);
+        drop(guest);
+        assert_eq!(control.gate().wakers.len(), 0);
+        assert_eq!(control.stats().processes, 0);
     }
 
     #[test]

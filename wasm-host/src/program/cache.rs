@@ -7,7 +7,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::hash::{Hash, Hasher};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -158,7 +158,14 @@ fn key(path: &Path) -> std::io::Result<[u8; KEY_BYTES]> {
         }
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {
             let mut file = File::open(path)?;
-            let mode = file.metadata()?.permissions().mode();
+            let meta = file.metadata()?;
+            if meta.uid() != nix::unistd::geteuid().as_raw() {
+                return Err(std::io::Error::new(
+                    ErrorKind::PermissionDenied,
+                    "the key belongs to another user: remove it",
+                ));
+            }
+            let mode = meta.permissions().mode();
             if mode & 0o077 != 0 {
                 return Err(std::io::Error::new(
                     ErrorKind::PermissionDenied,

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{HANDLER, Line, Mode, Options};
+use super::{Line, Mode, Options};
 
 /// The configuration of a containerd in `dir` for the daemon on `sandboxer`.
 pub(super) fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
@@ -43,6 +43,7 @@ disabled_plugins = [
 
 fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
     let Options {
+        handler,
         io_type,
         snapshotter,
         ..
@@ -66,9 +67,9 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
   bin_dirs = ["{cni}"]
   conf_dir = "{dir}/cni"
 [plugins.'io.containerd.cri.v1.runtime'.containerd]
-  default_runtime_name = "{HANDLER}"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]
-  runtime_type = "io.containerd.{HANDLER}.{version}"
+  default_runtime_name = "{handler}"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
+  runtime_type = "io.containerd.{handler}.{version}"
   sandboxer = "{name}"
   io_type = "{io_type}"
 "#,
@@ -90,14 +91,15 @@ fn v1_7(dir: &Path, options: &Options) -> String {
   conf_dir = "{dir}/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd]
   snapshotter = "{snapshotter}"
-  default_runtime_name = "{HANDLER}"
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{HANDLER}]
-  runtime_type = "io.containerd.{HANDLER}.v2"
+  default_runtime_name = "{handler}"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{handler}]
+  runtime_type = "io.containerd.{handler}.v2"
   sandbox_mode = "shim"
 "#,
         common = common(dir, options),
         cni = options.line.installed().join("cni").display(),
         snapshotter = options.snapshotter,
+        handler = options.handler,
         dir = dir.display(),
     )
 }

@@ -1,0 +1,63 @@
+//! The resident daemon for pods of WebAssembly programs, which run in it, for containerd,
+//! iSulad and `kuasar-ctl`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use sandboxer::backend::wasm::WasmBackend;
+use sandboxer::causes::with_causes;
+use sandboxer::config::Config;
+use sandboxer::server::daemon::{run_until_told, start_logging};
+use sandboxer::server::{DEFAULT_WASM_DIR, DEFAULT_WASM_LISTEN, ServerError, ServerOptions};
+
+/// Runs pods of WebAssembly programs, for containerd, iSulad and kuasar-ctl.
+///
+/// Serves containerd's sandbox Controller API on a Unix socket and, for each pod, the Task
+/// API. The programs run in this process, on Wasmtime.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// Socket of the Controller API
+    #[arg(short, long, value_name = "SOCKET", default_value = DEFAULT_WASM_LISTEN)]
+    listen: PathBuf,
+
+    /// Folder for the state of pods; one daemon per folder
+    #[arg(short, long, value_name = "DIR", default_value = DEFAULT_WASM_DIR)]
+    dir: PathBuf,
+
+    /// Configuration file [default: /var/lib/kuasar/config.toml, if it exists]
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Least severe messages to log: error, warn, info, debug, trace, or directives such as
+    /// info,wasm_host=debug
+    #[arg(long, value_name = "LEVEL", env = "RUST_LOG")]
+    log_level: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("wasm-sandboxer: {}", with_causes(e.as_ref()));
+            if let Some(fix) = e.downcast_ref::<ServerError>().and_then(ServerError::fix) {
+                eprintln!("  try: {fix}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
+    let config = Config::load(args.config.as_deref())?;
+    start_logging(args.log_level.as_deref(), &config)?;
+    let backend = WasmBackend::new(config.wasm.clone())?;
+    run_until_told(ServerOptions {
+        listen: args.listen,
+        dir: args.dir,
+        config,
+        backend: Some(Arc::new(backend)),
+    })
+}
