@@ -9,6 +9,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::client::{ProcessName, Task, is_code};
 use super::error::{CliError, NOT_EXECUTABLE, NOT_FOUND, Result, TIMED_OUT};
 use super::output::{Steps, note};
+use super::root::is_wasm;
 use super::signals::Signals;
 use super::stdio::{Fifos, Streams};
 use super::terminal::{self, RawMode};
@@ -142,6 +143,9 @@ impl Attended<'_> {
             CliError::new(format!("{program}: not found in the container"))
                 .next("check the path, and that the root file system holds the program and its loader")
                 .code(NOT_FOUND)
+        } else if is_code(&error, ttrpc::Code::PERMISSION_DENIED) && is_wasm(program) {
+            // The daemon has looked into it and knows why.
+            CliError::from(error).code(NOT_EXECUTABLE)
         } else if is_code(&error, ttrpc::Code::PERMISSION_DENIED) {
             CliError::new(format!("{program}: cannot be executed"))
                 .next("check that it is a program for this machine, with permission to execute")

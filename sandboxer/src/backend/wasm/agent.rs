@@ -431,7 +431,15 @@ impl Agent for WasmAgent {
     }
 
     async fn start_process(&self, process: &ProcessId) -> Result<u32> {
-        self.0.start("start the process", process).await
+        const CALL: &str = "start the process";
+        let started = self.0.start(CALL, process).await;
+        if started.is_err()
+            && let Ok((_, process)) = self.0.process(CALL, process)
+        {
+            // Whoever reads its output sees the end.
+            drop(process.take_stdio());
+        }
+        started
     }
 
     async fn signal(&self, process: &ProcessId, signal: u32, all: bool) -> Result<()> {
