@@ -15,7 +15,7 @@ use harness::cri::v1;
 use harness::{eventually, kvm_missing, skip_if};
 use nix::sys::signal::Signal;
 
-use e2e::node::{Node, Pod, SOON};
+use e2e::node::{Node, SOON};
 
 #[test]
 fn a_pod_of_the_kubelet_runs_in_a_vm_and_leaves_nothing() {
@@ -223,19 +223,8 @@ fn pods_reach_each_other_over_the_bridge_plugin() {
     skip_if!(kvm_missing());
     skip_if!(containerd_missing());
     let node = Node::new(&Options::default());
-    let addresses = |pod: &Pod<'_>| {
-        let request = v1::PodSandboxStatusRequest {
-            pod_sandbox_id: pod.id.clone(),
-            verbose: false,
-        };
-        let status = node.containerd.cri.pod_sandbox_status(request).unwrap();
-        let network = status.status.unwrap().network.unwrap();
-        let mut all = vec![network.ip];
-        all.extend(network.additional_ips.into_iter().map(|more| more.ip));
-        all
-    };
     let (server, client) = (node.run_pod("server"), node.run_pod("client"));
-    let of_server = addresses(&server);
+    let of_server = node.addresses(&server.id);
     assert_eq!(
         of_server.len(),
         2,

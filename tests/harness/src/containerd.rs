@@ -203,6 +203,12 @@ impl Containerd {
         self.await_ready();
     }
 
+    /// Another client of its CRI.
+    #[must_use]
+    pub fn cri(&self) -> Cri {
+        Cri::new(&self.dir.path().join("containerd.sock"))
+    }
+
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {

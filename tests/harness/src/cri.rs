@@ -70,6 +70,12 @@ calls! {
     container_status(ContainerStatusRequest) -> ContainerStatusResponse;
     container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
     exec_sync(ExecSyncRequest) -> ExecSyncResponse;
+    exec(ExecRequest) -> ExecResponse;
+    attach(AttachRequest) -> AttachResponse;
+    port_forward(PortForwardRequest) -> PortForwardResponse;
+    reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
+    update_container_resources(UpdateContainerResourcesRequest) -> UpdateContainerResourcesResponse;
+    list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
 }
 
 impl Cri {

@@ -18,11 +18,13 @@ pub mod ctl;
 pub mod daemon;
 pub mod disk;
 pub mod image;
+pub mod kubelet;
 pub mod leftovers;
 pub mod netns;
 pub mod pty;
 pub mod rootfs;
 pub mod wasm;
+pub mod streaming;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

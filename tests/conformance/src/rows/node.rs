@@ -1,0 +1,106 @@
+//! What happens to the node.
+
+use harness::cri::v1;
+use harness::eventually;
+use harness::kubelet::SOON;
+use nix::sys::signal::Signal;
+
+use crate::{Outcome, Suite};
+
+pub(super) fn pause(suite: &Suite) -> Outcome {
+    let kubelet = &suite.kubelet;
+    let config = suite.container("paused", "while :; do echo tick; sleep 1; done");
+    let name = config.metadata.clone().unwrap().name;
+    let id = suite.pod().run_of(config);
+    kubelet.await_log(&name, "tick");
+    suite.with_node(|node| {
+        node.containerd.ctr(&["tasks", "pause", &id]);
+        let listed = node.containerd.ctr(&["tasks", "list"]);
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let line = listed.lines().find(|line| line.starts_with(&id)).unwrap();
+        assert!(line.contains("PAUSED"), "{line}");
+        node.containerd.ctr(&["tasks", "resume", &id]);
+    })?;
+    let lines = kubelet.log(&name).lines().count();
+    eventually("more output", SOON, || {
+        (kubelet.log(&name).lines().count() > lines).then_some(())
+    });
+    kubelet.stop_container(&id, 0);
+    kubelet.remove_container(&id);
+    Ok(())
+}
+
+pub(super) fn containerd_restart(suite: &Suite) -> Outcome {
+    let kubelet = &suite.kubelet;
+    let config = suite.container(
+        "survivor",
+        "trap 'exit 6' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done",
+    );
+    let name = config.metadata.clone().unwrap().name;
+    let id = suite.pod().run_of(config);
+    kubelet.await_log(&name, "line 1");
+    suite.with_node(|node| node.containerd.restart(Signal::SIGKILL))?;
+    let pod = suite.pod().id;
+    eventually("CRI after the restart", SOON, || {
+        kubelet.try_pod_status(&pod).ok()
+    });
+    assert_eq!(kubelet.pod_state(&pod), v1::PodSandboxState::SandboxReady);
+    let status = kubelet.status(&id);
+    assert_eq!(status.state(), v1::ContainerState::ContainerRunning);
+    let lines = kubelet.log(&name).lines().count();
+    eventually("more output", SOON, || {
+        (kubelet.log(&name).lines().count() > lines).then_some(())
+    });
+    assert_eq!(kubelet.output(&id, "echo still here"), "still here\n");
+    kubelet.stop_container(&id, 60);
+    assert_eq!(kubelet.exited(&id).exit_code, 6);
+    kubelet.remove_container(&id);
+    Ok(())
+}
+
+pub(super) fn guest_panic(suite: &Suite) -> Outcome {
+    let kubelet = &suite.kubelet;
+    let mut config = kubelet.pod_config("panics");
+    config.linux = Some(v1::LinuxPodSandboxConfig {
+        security_context: Some(v1::LinuxSandboxSecurityContext {
+            privileged: true,
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let pod = kubelet.run_pod_of(config);
+    let mut config = suite.container("panics", "echo b > /proc/sysrq-trigger; sleep 1000");
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    let id = pod.run_of(config);
+    assert_ne!(kubelet.exited(&id).exit_code, 0);
+    eventually("the pod's end", SOON, || {
+        let state = kubelet.pod_state(&pod.id);
+        (state == v1::PodSandboxState::SandboxNotready).then_some(())
+    });
+    kubelet.remove_pod(&pod.id);
+    Ok(())
+}
+
+pub(super) fn stale_state(suite: &Suite) -> Outcome {
+    let kubelet = &suite.kubelet;
+    suite.with_node(|_| ())?;
+    suite.renew();
+    let pod = suite.pod().id;
+    let _shell = suite.shell();
+    suite.with_node(|node| {
+        node.world.daemon.kill_and_restart();
+        let folder = node.world.daemon.state_dir().join(&pod);
+        assert!(!folder.exists(), "{} remains", folder.display());
+        // Counted anew: another process.
+        node.world.before = harness::leftovers::Held::by(&node.world.daemon);
+    })?;
+    eventually("the pod's end", SOON, || {
+        let state = kubelet.pod_state(&pod);
+        (state == v1::PodSandboxState::SandboxNotready).then_some(())
+    });
+    suite.renew();
+    let next = suite.pod().id;
+    assert_eq!(kubelet.pod_state(&next), v1::PodSandboxState::SandboxReady);
+    Ok(())
+}
