@@ -37,6 +37,13 @@ pub const CONTROL_PORT: u32 = 1024;
 /// Guest port on which the agent accepts byte streams.
 pub const STREAM_PORT: u32 = 1025;
 
+/// Path of a PID namespace in a container's spec that stands for the one that the pod's
+/// containers share; the agent makes it when the first container joins.
+pub const POD_PID_NAMESPACE: &str = "/run/kuasar/pid-namespace";
+
+/// Shared memory of the pod: what containers in its IPC namespace have as `/dev/shm`.
+pub const POD_SHM: &str = "/dev/shm";
+
 /// Where the guest mounts the pod's virtio-fs share.
 pub const SHARE_DIR: &str = "/run/kuasar/state";
 

@@ -1,9 +1,12 @@
-//! The header line that opens every byte stream.
+//! The header line that opens every byte stream, of a process or to a port.
 //!
 //! The host connects to guest port [`crate::STREAM_PORT`] and sends
 //! `<container>/<exec>/<stdin|stdout|stderr>\n`, where `<exec>` is empty for the
 //! container's init process. Everything after the newline is payload. The direction
 //! follows from the kind; the other direction carries nothing.
+//!
+//! `tcp/<port>\n` instead connects to that port on the guest's loopback interface, and bytes
+//! go both ways; the stream ends at once where nobody listens.
 
 use std::fmt;
 use std::str::FromStr;
@@ -48,6 +51,39 @@ pub struct StreamId {
     pub kind: StreamKind,
 }
 
+/// What a header asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Header {
+    /// A stream of a process.
+    Process(StreamId),
+    /// A TCP port of the guest.
+    Tcp(u16),
+}
+
+impl FromStr for Header {
+    type Err = HeaderError;
+
+    /// Parses a header without its newline.
+    fn from_str(line: &str) -> Result<Self, HeaderError> {
+        match line.split_once('/') {
+            Some(("tcp", port)) if !port.contains('/') => match port.parse() {
+                Ok(port) if port > 0 => Ok(Self::Tcp(port)),
+                _ => Err(HeaderError::Port),
+            },
+            _ => line.parse().map(Self::Process),
+        }
+    }
+}
+
+impl fmt::Display for Header {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(id) => id.fmt(f),
+            Self::Tcp(port) => write!(f, "tcp/{port}"),
+        }
+    }
+}
+
 /// Why a header was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
@@ -61,6 +97,9 @@ pub enum HeaderError {
     /// Not one of stdin, stdout, stderr.
     #[error("stream kind must be stdin, stdout or stderr")]
     Kind,
+    /// Not a port number.
+    #[error("the port must be 1 to 65535")]
+    Port,
 }
 
 /// Whether `id` may name a container or an exec: 1 to [`MAX_ID_BYTES`] bytes of
@@ -149,6 +188,21 @@ mod tests {
         ] {
             assert_eq!(line.parse::<StreamId>(), Err(error), "{line:?}");
         }
+    }
+
+    #[test]
+    fn a_port_is_no_process() {
+        for (line, header) in [
+            ("tcp/80", Ok(Header::Tcp(80))),
+            ("tcp/0", Err(HeaderError::Port)),
+            ("tcp/65536", Err(HeaderError::Port)),
+            ("tcp/", Err(HeaderError::Port)),
+        ] {
+            assert_eq!(line.parse::<Header>(), header, "{line:?}");
+        }
+        let container = "tcp//stdin".parse::<Header>().unwrap();
+        assert!(matches!(container, Header::Process(_)), "{container:?}");
+        assert_eq!(Header::Tcp(80).to_string(), "tcp/80");
     }
 
     proptest! {

@@ -21,6 +21,7 @@ mod disks;
 mod error;
 mod events;
 mod fd;
+mod forward;
 mod init;
 mod log;
 mod machine;

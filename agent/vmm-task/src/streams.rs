@@ -8,12 +8,13 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use agent_api::stream::{HeaderError, MAX_HEADER_BYTES, StreamId};
+use agent_api::stream::{Header, HeaderError, MAX_HEADER_BYTES, StreamId};
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::fd::Fd;
+use crate::forward;
 use crate::net::Listener;
 
 /// Connections that have not sent their header yet.
@@ -224,10 +225,17 @@ impl Streams {
             tokio::spawn(async move {
                 let read = timeout(HEADER_DEADLINE, read_header(fd)).await;
                 drop(permit);
-                let offered = read.unwrap_or(Err(Refused::Late)).and_then(|(id, stream)| {
-                    debug!(stream = %id, "connected");
-                    me.offer(id, stream)
-                });
+                let offered = match read.unwrap_or(Err(Refused::Late)) {
+                    Ok((Header::Process(id), stream)) => {
+                        debug!(stream = %id, "connected");
+                        me.offer(id, stream)
+                    }
+                    Ok((Header::Tcp(port), stream)) => {
+                        forward::tcp(port, stream.fd, &stream.head).await;
+                        Ok(())
+                    }
+                    Err(e) => Err(e),
+                };
                 if let Err(e) = offered {
                     warn!("stream refused: {e}");
                 }
@@ -237,7 +245,7 @@ impl Streams {
 }
 
 /// Reads the header line of a new connection.
-async fn read_header(mut fd: Fd) -> Result<(StreamId, Stream), Refused> {
+async fn read_header(mut fd: Fd) -> Result<(Header, Stream), Refused> {
     let mut line = Vec::new();
     let mut chunk = [0; MAX_HEADER_BYTES];
     loop {
@@ -297,7 +305,8 @@ mod tests {
             host.write_all(part.as_bytes()).unwrap();
             tokio::task::yield_now().await;
         }
-        assert_eq!(reader.await.unwrap().unwrap().0, id("c1/e1/stdout"));
+        let header = reader.await.unwrap().unwrap().0;
+        assert_eq!(header, Header::Process(id("c1/e1/stdout")));
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -186,6 +186,13 @@ impl Pod {
             .ok_or_else(|| self.wrong_phase("create a container in"))?;
         let request = request.clone();
         let files = self.files.clone();
+        let pod_pid = self.pid();
+        let pids: Vec<u32> = lock(&self.containers)
+            .values()
+            .map(|container| container.init().pid())
+            .filter(|&pid| pid != 0)
+            .collect();
+        let privileged = self.request.is_privileged();
         let work = move || {
             let mut spec = match announced.as_ref().and_then(|task| task.spec.clone()) {
                 Some(spec) => spec,
@@ -202,6 +209,9 @@ impl Pod {
             let guest = Guest {
                 container: &request.id,
                 files: &files,
+                pod_pid,
+                pids: &pids,
+                privileged,
             };
             let needs = oci::rewrite(&mut spec, &guest)?;
             let root = plan::root(&request.id, rootfs)?;
@@ -306,7 +316,7 @@ impl Pod {
     ) -> Result<()> {
         let mut spec: Value = serde_json::from_slice(&request.process_json)
             .map_err(|e| PodError::invalid("spec", e.to_string(), "must be an OCI process"))?;
-        oci::clean_process(&mut spec, &request.container_id);
+        oci::clean_process(&mut spec, &request.container_id)?;
         set_terminal(Some(&mut spec), request.stdio.terminal);
         let owner = owner(&request.namespace, &request.container_id);
         let host = HostStdio::open(&request.stdio, &owner, &self.streams).await?;

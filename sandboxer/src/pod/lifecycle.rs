@@ -126,6 +126,9 @@ impl Pod {
             vm.mark_phase(phase::AGENT_READY);
             connected.client.setup_sandbox(self.setup()).await?;
             vm.mark_phase(phase::SANDBOX_SET_UP);
+            if let Some(network) = lock(&self.network).as_mut() {
+                network.forward(Arc::downgrade(vm), self.limits().connect);
+            }
             let machine = Arc::new(Machine {
                 vm: Arc::clone(vm),
                 agent: connected.client,

@@ -84,6 +84,14 @@ impl PodRequest {
         Ok(self)
     }
 
+    /// Whether containers of the pod may be privileged.
+    #[must_use]
+    pub fn is_privileged(&self) -> bool {
+        let linux = self.config.linux.as_ref();
+        let context = linux.and_then(|linux| linux.security_context.as_ref());
+        context.is_some_and(|context| context.privileged)
+    }
+
     /// The name of the pod's machine: what the caller wants, else the pod's id, cut to what
     /// Linux accepts.
     #[must_use]
@@ -122,6 +130,15 @@ fn check_host_namespaces(config: &PodSandboxConfig) -> Result<()> {
     else {
         return Ok(());
     };
+    let own_users = options.userns_options.as_ref();
+    if own_users.is_some_and(|users| users.mode != NamespaceMode::Node as i32) {
+        return Err(PodError::invalid(
+            "linux.security_context.namespace_options",
+            "userns_options",
+            "a pod in a VM has no user namespace of the host, and needs none to be kept apart \
+             from it: set hostUsers, or leave it out",
+        ));
+    }
     for (name, mode) in [
         ("hostNetwork", options.network),
         ("hostPID", options.pid),

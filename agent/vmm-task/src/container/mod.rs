@@ -3,6 +3,7 @@
 pub mod bundle;
 pub mod cgroup;
 pub mod executor;
+pub mod pod_pids;
 pub mod privileges;
 pub mod process;
 pub mod rootfs;

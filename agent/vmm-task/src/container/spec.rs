@@ -1,10 +1,11 @@
 //! Fits the host's OCI spec to this guest.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
+use super::pod_pids;
 use super::privileges::Privileges;
 use super::seccomp::Filters;
 use crate::error::AgentError;
@@ -69,7 +70,10 @@ pub fn prepare(
     linux.set_seccomp(None);
     let namespaces = linux.namespaces_mut().get_or_insert_default();
     namespaces.retain(|n| n.typ() != LinuxNamespaceType::Network || n.path().is_some());
-    for namespace in namespaces.iter() {
+    for namespace in namespaces.iter_mut() {
+        if namespace.path().as_deref() == Some(Path::new(agent_api::POD_PID_NAMESPACE)) {
+            namespace.set_path(Some(pod_pids::namespace()?));
+        }
         if let Some(path) = namespace.path()
             && !path.exists()
         {

@@ -31,7 +31,14 @@ const MOUNTS: [(&str, &str, MsFlags, &str, bool); 7] = [
         "mode=620,gid=5,ptmxmode=666",
         true,
     ),
-    ("tmpfs", "/dev/shm", NOSUID_NODEV, "mode=1777", true),
+    // The pod's shared memory, as large as Kubernetes makes it.
+    (
+        "tmpfs",
+        "/dev/shm",
+        NOSUID_NODEV,
+        "mode=1777,size=64m",
+        true,
+    ),
     ("tmpfs", "/run", NOSUID_NODEV, "mode=755", false),
     ("cgroup2", cgroup::ROOT, SAFE, "", false),
 ];

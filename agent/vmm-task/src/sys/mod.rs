@@ -102,6 +102,39 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Starts a process that is the first of a new PID namespace and collects its orphans until
+/// the agent ends. Returns its pid here.
+///
+/// The agent has one thread, so that its child may go on as a copy of it.
+pub fn hold_pid_namespace() -> io::Result<i32> {
+    let flags = libc::c_long::from(libc::CLONE_NEWPID | libc::SIGCHLD);
+    let none: libc::c_long = 0;
+    // SAFETY: a fork with a flag: no memory is shared, and the stack stays as it is.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    if pid == 0 {
+        collect_orphans();
+    }
+    let pid = Errno::result(pid)?;
+    i32::try_from(pid).map_err(io::Error::other)
+}
+
+/// The life of that process.
+fn collect_orphans() -> ! {
+    // SAFETY: nobody in this process uses a descriptor any more: streams of others must not
+    // stay open in it.
+    unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+    let name = c"pause";
+    // SAFETY: the name outlives the call.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+    let mut ended = nix::sys::signal::SigSet::empty();
+    // Blocked since the agent began.
+    ended.add(nix::sys::signal::Signal::SIGCHLD);
+    loop {
+        let _ = ended.wait();
+        while reap_one().is_some() {}
+    }
+}
+
 /// Sets a terminal's size in characters.
 pub fn set_window_size(tty: &impl AsFd, width: u16, height: u16) -> io::Result<()> {
     let size = libc::winsize {

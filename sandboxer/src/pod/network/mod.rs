@@ -6,25 +6,34 @@
 //! | `scan` | what CNI set up there, for the agent to set up in the guest |
 //! | `redirect` | a tap for each interface, frames redirected between the two |
 //! | `follow` | what CNI changes while the pod runs |
+//! | `forward` | connections to `localhost` there, carried into the guest |
+//! | `steer` | the kernel gives them all to one socket |
 
 mod follow;
+mod forward;
 mod namespace;
 mod redirect;
 mod scan;
+mod steer;
 #[cfg(test)]
 mod tests;
 
 use std::path::Path;
+use std::sync::Weak;
+use std::time::Duration;
 
 use agent_api::rpc;
 use devices::virtio::net::TapDevice;
 use rtnetlink::Handle;
 use tracing::{info, warn};
+use vmm_core::vm::Vm;
 
 pub(super) use self::follow::Follower;
+use self::forward::{Forwarding, Gate};
 use self::namespace::Namespace;
 use self::scan::{Card, Found};
 use super::error::{PodError, Result};
+use crate::causes::with_causes;
 
 /// Checks that `path` is a network namespace. Blocks.
 ///
@@ -50,6 +59,8 @@ pub(super) struct PodNetwork {
     /// By slot.
     cards: Vec<Option<Card>>,
     described: rpc::Network,
+    gate: Option<Gate>,
+    forwarding: Option<Forwarding>,
 }
 
 impl PodNetwork {
@@ -64,6 +75,8 @@ impl PodNetwork {
             namespace: Namespace::open(path)?,
             cards: vec![None; slots],
             described: rpc::Network::default(),
+            gate: None,
+            forwarding: None,
         };
         let found = network.scan()?;
         if found.cards.len() > slots {
@@ -73,6 +86,10 @@ impl PodNetwork {
                 too_many(found.cards.len(), slots),
             ));
         }
+        match Gate::open(&network.namespace) {
+            Ok(gate) => network.gate = Some(gate),
+            Err(e) => warn!("no port forwarding: {}", with_causes(&e)),
+        }
         let changes = network.take_over(&found)?;
         let taps = changes.into_iter().filter_map(|change| match change {
             Change::Plug(_, tap) => Some(tap),
@@ -80,6 +97,16 @@ impl PodNetwork {
         });
         let taps = taps.collect();
         Ok((network, taps))
+    }
+
+    /// Carries what connects to `localhost` in the namespace into the guest of `vm`; opening a
+    /// stream to it may take `limit`.
+    pub(super) fn forward(&mut self, vm: Weak<dyn Vm>, limit: Duration) {
+        let gate = self.gate.take().map(|gate| gate.serve(vm, limit));
+        match gate.transpose() {
+            Ok(forwarding) => self.forwarding = forwarding,
+            Err(e) => warn!("no port forwarding: {}", with_causes(&e)),
+        }
     }
 
     /// Reads the namespace again; what the machine has to do about it. Blocks.

@@ -44,6 +44,11 @@ impl Namespace {
         })
     }
 
+    /// The namespace itself.
+    pub(crate) const fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Runs `work` inside, with a netlink connection. Blocks.
     ///
     /// # Errors

@@ -26,6 +26,13 @@ pub(crate) struct Guest<'a> {
     pub(crate) container: &'a str,
     /// `/etc/hosts` and the like, as they are in the guest.
     pub(crate) files: &'a [PodFile],
+    /// What the caller takes for the pid of the pod's own process.
+    pub(crate) pod_pid: u32,
+    /// Pids in the guest of the pod's containers.
+    pub(crate) pids: &'a [u32],
+    /// Whether the pod may have everything of its guest. containerd then lists all devices of
+    /// the host.
+    pub(crate) privileged: bool,
 }
 
 impl Guest<'_> {
@@ -58,13 +65,14 @@ pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Needs> {
     })?;
     set_root(object, guest)?;
     if let Some(process) = object.get_mut("process") {
-        clean_process(process, guest.container);
+        clean_process(process, guest.container)?;
     }
+    let shares_memory = joins_ipc(object);
     let mut needs = Needs::default();
     if let Some(linux) = object.get_mut("linux").and_then(Value::as_object_mut) {
         needs.disks = devices::rewrite(linux, guest);
     }
-    let joins_uts = clean_linux(object, guest.container);
+    let joins_uts = clean_linux(object, guest)?;
     if joins_uts {
         // The guest's own host name is the pod's.
         object.remove("hostname");
@@ -79,7 +87,7 @@ pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Needs> {
             "OCI hooks are programs of the host; none is run"
         );
     }
-    mounts::rewrite(object, guest, &mut needs)?;
+    mounts::rewrite(object, guest, shares_memory, &mut needs)?;
     Ok(needs)
 }
 
@@ -100,11 +108,34 @@ fn set_root(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<()> {
     Ok(())
 }
 
+/// AppArmor profiles that runtimes give every container; nobody asked for them.
+const DEFAULT_PROFILES: [&str; 4] = [
+    "cri-containerd.apparmor.d",
+    "docker-default",
+    "isula-default",
+    "unconfined",
+];
+
 /// Takes what only the host has out of an OCI process.
-pub(crate) fn clean_process(process: &mut Value, container: &str) {
+///
+/// # Errors
+/// An AppArmor profile was asked for, which the guest's kernel does not know.
+pub(crate) fn clean_process(process: &mut Value, container: &str) -> Result<()> {
     let Some(process) = process.as_object_mut() else {
-        return;
+        return Ok(());
     };
+    let profile = process.get("apparmorProfile").and_then(Value::as_str);
+    if let Some(profile) = profile
+        && !profile.is_empty()
+        && !DEFAULT_PROFILES.contains(&profile)
+    {
+        return Err(PodError::invalid(
+            "process.apparmorProfile",
+            profile,
+            "AppArmor profiles of the host cannot be enforced in a guest: remove it, or use a \
+             runtime class without VM for this pod",
+        ));
+    }
     for key in ["apparmorProfile", "selinuxLabel"] {
         if process.remove(key).is_some_and(|value| !is_empty(&value)) {
             warn!(
@@ -113,13 +144,18 @@ pub(crate) fn clean_process(process: &mut Value, container: &str) {
             );
         }
     }
+    Ok(())
 }
 
 /// Returns whether the container uses the pod's UTS namespace, which is the guest's own.
-fn clean_linux(spec: &mut Map<String, Value>, container: &str) -> bool {
+fn clean_linux(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<bool> {
+    let container = guest.container;
     let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else {
-        return true;
+        return Ok(true);
     };
+    if !guest.privileged {
+        check_devices(linux.get("devices"))?;
+    }
     linux.insert(
         "cgroupsPath".to_owned(),
         Value::String(format!("/kuasar/{container}")),
@@ -136,7 +172,35 @@ fn clean_linux(spec: &mut Map<String, Value>, container: &str) -> bool {
     if let Some(resources) = linux.get_mut("resources") {
         clean_resources(resources);
     }
-    clean_namespaces(linux)
+    clean_namespaces(linux, guest)
+}
+
+/// Devices that every container has anyway.
+const COMMON_DEVICES: [&str; 9] = [
+    "/dev/console",
+    "/dev/full",
+    "/dev/null",
+    "/dev/ptmx",
+    "/dev/pts/ptmx",
+    "/dev/random",
+    "/dev/tty",
+    "/dev/urandom",
+    "/dev/zero",
+];
+
+fn check_devices(devices: Option<&Value>) -> Result<()> {
+    let devices = devices.and_then(Value::as_array).into_iter().flatten();
+    for path in devices.filter_map(|device| device.get("path")?.as_str()) {
+        if !COMMON_DEVICES.contains(&path) {
+            return Err(PodError::invalid(
+                "linux.devices",
+                path,
+                "is a device of the host, which a guest cannot use: remove it, or use a runtime \
+                 class without VM for this pod",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Takes limits that name hardware of the host out of OCI `LinuxResources`.
@@ -156,9 +220,9 @@ pub(crate) fn clean_resources(resources: &mut Value) {
 
 /// The guest itself is the pod's network, IPC and UTS namespace, so a container that joins
 /// those by a path of the host just stays in the guest's.
-fn clean_namespaces(linux: &mut Map<String, Value>) -> bool {
+fn clean_namespaces(linux: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<bool> {
     let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else {
-        return true;
+        return Ok(true);
     };
     namespaces.retain(|namespace| {
         let joins = namespace
@@ -173,12 +237,47 @@ fn clean_namespaces(linux: &mut Map<String, Value>) -> bool {
     });
     for namespace in namespaces.iter_mut() {
         if let Some(namespace) = namespace.as_object_mut() {
-            namespace.remove("path");
+            let path = namespace.remove("path");
+            let path = path.as_ref().and_then(Value::as_str).unwrap_or_default();
+            if namespace.get("type").and_then(Value::as_str) == Some("pid") && !path.is_empty() {
+                let joined = pid_namespace(path, guest)?;
+                namespace.insert("path".to_owned(), Value::String(joined));
+            }
         }
     }
-    !namespaces
+    Ok(!namespaces
         .iter()
-        .any(|namespace| namespace.get("type").and_then(Value::as_str) == Some("uts"))
+        .any(|namespace| namespace.get("type").and_then(Value::as_str) == Some("uts")))
+}
+
+/// The PID namespace in the guest that a path of the host's `/proc` means: the pod's, or that
+/// of one of its containers, whose pids are the guest's.
+fn pid_namespace(path: &str, guest: &Guest<'_>) -> Result<String> {
+    let pid = path
+        .strip_prefix("/proc/")
+        .and_then(|rest| rest.strip_suffix("/ns/pid"))
+        .and_then(|pid| pid.parse::<u32>().ok());
+    match pid {
+        Some(pid) if pid == guest.pod_pid || pid == 0 => {
+            Ok(agent_api::POD_PID_NAMESPACE.to_owned())
+        }
+        Some(pid) if guest.pids.contains(&pid) => Ok(path.to_owned()),
+        _ => Err(PodError::invalid(
+            "linux.namespaces (pid)",
+            path,
+            "must be that of the pod or of a container in it",
+        )),
+    }
+}
+
+/// Whether the container is in the pod's IPC namespace. Tells before paths are taken out.
+fn joins_ipc(spec: &Map<String, Value>) -> bool {
+    let namespaces = spec.get("linux").and_then(|linux| linux.get("namespaces"));
+    let mut namespaces = namespaces.and_then(Value::as_array).into_iter().flatten();
+    namespaces.any(|namespace| {
+        let text = |key| namespace.get(key).and_then(Value::as_str);
+        text("type") == Some("ipc") && text("path").is_some_and(|path| !path.is_empty())
+    })
 }
 
 fn is_empty(value: &Value) -> bool {

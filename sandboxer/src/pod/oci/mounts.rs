@@ -27,6 +27,7 @@ pub(crate) struct PodFile {
 pub(super) fn rewrite(
     spec: &mut Map<String, Value>,
     guest: &Guest<'_>,
+    shares_memory: bool,
     needs: &mut Needs,
 ) -> Result<()> {
     take_devices(spec, needs);
@@ -42,7 +43,9 @@ pub(super) fn rewrite(
         .ok_or_else(|| PodError::invalid("config.json: mounts", "", "must be an array"))?;
     mounts.retain(|mount| !replaced_by_pod_file(mount, guest.files));
     for mount in mounts.iter_mut() {
-        rewrite_one(mount, guest, needs)?;
+        if !(shares_memory && share_memory(mount)) {
+            rewrite_one(mount, guest, needs)?;
+        }
     }
     for file in guest.files {
         if !mounts
@@ -80,6 +83,22 @@ fn take_devices(spec: &mut Map<String, Value>, needs: &mut Needs) {
         let disk = devices::from_mount(spec, &source, &destination, read_only);
         needs.disks.push(disk);
     }
+}
+
+/// Makes the mount of `/dev/shm` one of the pod's shared memory, which is the guest's: the
+/// host's cannot be shared with the guest's kernel. A volume on `/dev/shm` is left alone.
+fn share_memory(mount: &mut Value) -> bool {
+    let is_volume = text(mount, "type") != "tmpfs" && !text(mount, "source").ends_with("/shm");
+    if destination(mount) != "/dev/shm" || is_volume {
+        return false;
+    }
+    if let Some(mount) = mount.as_object_mut() {
+        mount.insert("type".to_owned(), json!("bind"));
+        mount.insert("source".to_owned(), json!(agent_api::POD_SHM));
+        let options = json!(["bind", "nosuid", "noexec", "nodev"]);
+        mount.insert("options".to_owned(), options);
+    }
+    true
 }
 
 fn is_bind(mount: &Value) -> bool {
@@ -120,12 +139,6 @@ fn rewrite_one(mount: &mut Value, guest: &Guest<'_>, needs: &mut Needs) -> Resul
     let object = mount
         .as_object_mut()
         .ok_or_else(|| PodError::invalid("config.json: mounts", "", "must hold objects"))?;
-    if destination == "/dev/shm" {
-        // Shared memory of the host cannot be shared with a guest's kernel: the pod's own
-        // is the guest's.
-        object.insert("source".to_owned(), json!("/dev/shm"));
-        return Ok(());
-    }
     let source = PathBuf::from(object.get("source").and_then(Value::as_str).unwrap_or(""));
     check_source(&source, &destination)?;
     let name = binds.len().to_string();
@@ -166,6 +179,9 @@ fn check_source(source: &Path, destination: &str) -> Result<()> {
         Ok(meta) if meta.file_type().is_char_device() => {
             invalid("is a device of the host, which a guest cannot use".to_owned())
         }
+        Ok(meta) if meta.file_type().is_socket() => invalid(
+            "is a socket of the host, to which programs in a guest cannot connect".to_owned(),
+        ),
         Ok(_) => Ok(()),
     }
 }

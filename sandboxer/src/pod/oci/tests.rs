@@ -10,6 +10,9 @@ fn guest(files: &[PodFile]) -> Guest<'_> {
     Guest {
         container: "c1",
         files,
+        pod_pid: 77,
+        pids: &[35],
+        privileged: false,
     }
 }
 
@@ -28,7 +31,7 @@ fn host_facts_are_taken_out_and_unknown_keys_stay() {
         "futureKey": {"a": [1, 2]},
         "root": {"path": "rootfs", "readonly": true},
         "process": {
-            "args": ["sh"], "apparmorProfile": "cri-default", "selinuxLabel": "x",
+            "args": ["sh"], "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x",
             "noNewPrivileges": true,
         },
         "hooks": {"prestart": [{"path": "/bin/hook"}]},
@@ -42,7 +45,7 @@ fn host_facts_are_taken_out_and_unknown_keys_stay() {
                 {"type": "mount"},
                 {"type": "cgroup", "path": "/proc/0/ns/cgroup"},
             ],
-            "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
+            "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}],
             "mountLabel": "system_u",
             "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
             "resources": {
@@ -100,7 +103,7 @@ fn binds_come_through_the_share_and_the_rest_is_the_guests() {
         {"destination": "/file", "type": "none", "source": link, "options": ["bind"]},
         {"destination": "/dev/shm", "type": "bind", "source": "/nonexistent/shm",
          "options": ["rbind"]},
-    ]});
+     ], "linux": {"namespaces": [{"type": "ipc", "path": "/proc/77/ns/ipc"}]}});
     let binds = rewrite(&mut spec, &guest(&[])).unwrap().binds;
     let options = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
     assert_eq!(
@@ -128,7 +131,7 @@ fn binds_come_through_the_share_and_the_rest_is_the_guests() {
             {"destination": "/file", "type": "none",
              "source": "/run/kuasar/state/c1/mounts/1", "options": ["bind"]},
             {"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
-             "options": ["rbind"]},
+             "options": ["bind", "nosuid", "noexec", "nodev"]},
         ])
     );
 }
@@ -201,4 +204,53 @@ fn specs_of_the_wrong_shape_are_errors() {
             "{spec}"
         );
     }
+}
+
+#[test]
+fn pid_namespaces_of_the_pod_and_of_its_containers_are_found_in_the_guest() {
+    let rewritten = |path: &str| {
+        let mut spec = json!({"linux": {"namespaces": [{"type": "pid", "path": path}]}});
+        rewrite(&mut spec, &guest(&[])).map(|_| spec["linux"]["namespaces"][0]["path"].clone())
+    };
+    assert_eq!(
+        rewritten("/proc/77/ns/pid").unwrap(),
+        agent_api::POD_PID_NAMESPACE
+    );
+    assert_eq!(rewritten("/proc/35/ns/pid").unwrap(), "/proc/35/ns/pid");
+    assert_eq!(rewritten("").unwrap(), json!(null));
+    for path in ["/proc/36/ns/pid", "/proc/self/ns/pid", "/etc/passwd"] {
+        let error = rewritten(path).unwrap_err().to_string();
+        assert!(error.contains(path), "{error}");
+    }
+}
+
+#[test]
+fn what_only_the_host_can_do_is_refused_by_name() {
+    let error = |mut spec: Value| rewrite(&mut spec, &guest(&[])).unwrap_err().to_string();
+    let why = error(json!({"linux": {"devices": [{"path": "/dev/fuse"}]}}));
+    assert!(why.contains("/dev/fuse"), "{why}");
+    let why = error(json!({"process": {"apparmorProfile": "mine"}}));
+    assert!(why.contains("mine"), "{why}");
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let why = error(json!({"mounts": [
+        {"destination": "/s", "type": "bind", "source": socket, "options": ["bind"]},
+    ]}));
+    assert!(why.contains("is a socket"), "{why}");
+}
+
+#[test]
+fn a_volume_on_shared_memory_is_a_volume() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = json!({
+        "mounts": [{"destination": "/dev/shm", "type": "bind", "source": dir.path(),
+                    "options": ["rbind"]}],
+        "linux": {"namespaces": [{"type": "ipc", "path": "/proc/77/ns/ipc"}]},
+    });
+    assert_eq!(rewrite(&mut spec, &guest(&[])).unwrap().len(), 1);
+    // Without the pod's IPC namespace its shared memory is not the container's.
+    let mut spec = json!({"mounts": [{"destination": "/dev/shm", "type": "tmpfs"}]});
+    rewrite(&mut spec, &guest(&[])).unwrap();
+    assert_eq!(spec["mounts"][0]["type"], "tmpfs");
 }

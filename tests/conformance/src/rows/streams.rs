@@ -5,7 +5,7 @@ use std::fs;
 use harness::cri::v1;
 use harness::eventually;
 use harness::kubelet::{Kubelet, SOON};
-use harness::streaming::{RESIZE, STDIN, STDOUT};
+use harness::streaming::{RESIZE, STDIN, STDOUT, Session};
 
 use crate::{Mode, Outcome, Suite, skip};
 
@@ -56,37 +56,47 @@ pub(super) fn exec(suite: &Suite) -> Outcome {
     Ok(())
 }
 
-pub(super) fn attach(suite: &Suite) -> Outcome {
-    let kubelet = &suite.kubelet;
-    let mut config = suite.container(
-        "attached",
-        "echo ready; while read -r line; do echo got $line; done; echo end of input",
-    );
-    let name = config.metadata.clone().unwrap().name;
-    (config.stdin, config.stdin_once) = (true, true);
-    let id = suite.pod().run_of(config);
-    kubelet.await_log(&name, "ready");
-    let attach = |stdin| {
+fn attach_to<'a>(suite: &'a Suite, id: &'a str) -> impl Fn() -> Session + use<'a> {
+    move || {
         let request = v1::AttachRequest {
-            container_id: id.clone(),
-            stdin,
+            container_id: id.to_owned(),
+            stdin: true,
             tty: false,
             stdout: true,
             stderr: true,
         };
-        suite.session(&kubelet.cri.attach(request).unwrap().url)
+        suite.session(&suite.kubelet.cri.attach(request).unwrap().url)
+    }
+}
+
+pub(super) fn attach(suite: &Suite) -> Outcome {
+    let kubelet = &suite.kubelet;
+    let script = "echo ready; while read -r line; do echo got $line; done; echo end of input";
+    let start = |stdin_once| {
+        let mut config = suite.container("attached", script);
+        let name = config.metadata.clone().unwrap().name;
+        (config.stdin, config.stdin_once) = (true, stdin_once);
+        let id = suite.pod().run_of(config);
+        kubelet.await_log(&name, "ready");
+        (id, name)
     };
-    // Two that look on, one after the other, before the one that writes and ends it.
-    drop(attach(false));
-    let mut watching = attach(false);
-    let mut writing = attach(true);
-    writing.send(STDIN, b"one\n");
-    writing.expect(STDOUT, "got one");
-    watching.expect(STDOUT, "got one");
+    // One session after the other.
+    let (id, _) = start(false);
+    let attach = attach_to(suite, &id);
+    for text in ["one", "two"] {
+        let mut session = attach();
+        session.send(STDIN, format!("{text}\n").as_bytes());
+        session.expect(STDOUT, &format!("got {text}"));
+    }
+    kubelet.stop_container(&id, 0);
+    kubelet.remove_container(&id);
     // With stdin_once the container's stdin ends with the first session that had it.
-    drop(writing);
-    let ended = kubelet.exited(&id);
-    assert_eq!(ended.exit_code, 0);
+    let (id, name) = start(true);
+    let mut session = attach_to(suite, &id)();
+    session.send(STDIN, b"only\n");
+    session.expect(STDOUT, "got only");
+    drop(session);
+    assert_eq!(kubelet.exited(&id).exit_code, 0);
     kubelet.await_log(&name, "end of input");
     kubelet.remove_container(&id);
     Ok(())
