@@ -33,6 +33,8 @@ test: setup agent containerd ## Set up, build, and run all tests
 	$(MAKE) --no-print-directory guest PROFILE=debug
 	$(STEP) "unit and integration tests" -- $(CARGO) test --workspace --exclude e2e
 	$(STEP) "end-to-end tests" -- $(CARGO) test -p e2e -- --test-threads=1 --nocapture
+	$(STEP) "conformance, the core rows" -- target/debug/kuasar-e2e run core
+	$(STEP) "soak, a little" -- target/debug/kuasar-e2e soak --sequential 2 --parallel 3
 
 .PHONY: setup
 setup: ## Install what is missing (apt, when root)
@@ -88,6 +90,38 @@ bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes 
 .PHONY: install
 install: setup build shim guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual
 	$(STEP) "install" -- env DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install $(BIN) target/shim
+
+.PHONY: uninstall
+uninstall: ## Remove what `make install` installed, with the same DESTDIR and PREFIX
+	$(STEP) "uninstall" -- env DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/uninstall
+
+.PHONY: deb
+deb: setup build shim guest ## A Debian package in target/package
+	$(STEP) "pack" -- scripts/package deb $(BIN) target/shim target/package
+
+.PHONY: rpm
+rpm: setup build shim guest ## An RPM package in target/package
+	$(STEP) "install rpmbuild" -- scripts/setup rpm
+	$(STEP) "pack" -- scripts/package rpm $(BIN) target/shim target/package
+
+# What `make conformance` and `make soak` run on; see `kuasar-e2e --help`.
+BACKEND ?= in-process
+MODE    ?= proxy
+ROWS    ?= all
+
+.PHONY: conformance
+conformance: setup agent containerd e2e ## All rows of docs/conformance.md; BACKEND=in-process|qemu MODE=proxy|shim|shim-1.7 ROWS=all|core|1,7-9
+	$(STEP) "conformance" -- target/debug/kuasar-e2e run $(ROWS) --mode $(MODE) --backend $(BACKEND) \
+		--markdown target/conformance-$(BACKEND)-$(MODE).md
+
+.PHONY: soak
+soak: setup agent containerd e2e ## 100 pods one after the other and 30 at once: nothing may be left
+	$(STEP) "soak" -- target/debug/kuasar-e2e soak --mode $(MODE) --backend $(BACKEND)
+
+.PHONY: e2e
+e2e:
+	$(STEP) "build the daemons and kuasar-e2e" -- $(CARGO) build --workspace --bins
+	@$(MAKE) --no-print-directory guest PROFILE=debug
 
 .PHONY: bench-template
 bench-template: build guest ## Clones of a template beside boots and QEMU's restore; writes target/bench/template.json

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use super::{Server, ServerOptions};
+use super::{Server, ServerOptions, answer_watchdog};
 use crate::config::Config;
 
 /// How long all pods together may take to stop when the daemon is told to end, before the
@@ -52,6 +52,8 @@ async fn serve(options: ServerOptions) -> Result<(), Box<dyn Error>> {
     if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         warn!("cannot tell systemd that the daemon is ready: {e}");
     }
+    let address = server.address().to_owned();
+    let watchdog = tokio::spawn(async move { answer_watchdog(&address).await });
     let name = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
@@ -61,5 +63,6 @@ async fn serve(options: ServerOptions) -> Result<(), Box<dyn Error>> {
         warn!("cannot tell systemd that the daemon is stopping: {e}");
     }
     server.shutdown(SHUTDOWN_LIMIT).await;
+    watchdog.abort();
     Ok(())
 }

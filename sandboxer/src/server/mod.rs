@@ -5,6 +5,7 @@ mod folder;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod watchdog;
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -16,6 +17,8 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+
+pub use watchdog::answer_watchdog;
 
 use self::folder::DaemonFolder;
 use self::socket::ListenSocket;

@@ -69,6 +69,8 @@ pub struct Suite {
     pub kubelet: Kubelet,
     /// How containerd reaches the daemon, where that is known.
     pub mode: Option<Mode>,
+    /// What runs the VMs, where that is known.
+    pub backend: Option<Backend>,
     site: Site,
     scratch: tempfile::TempDir,
     shared: RefCell<Option<String>>,
@@ -139,6 +141,10 @@ impl Suite {
         Ok(Self {
             kubelet,
             mode,
+            backend: match setup {
+                Setup::Own { backend, .. } => Some(*backend),
+                Setup::Installed { .. } => None,
+            },
             site,
             scratch,
             shared: RefCell::default(),

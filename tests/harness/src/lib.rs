@@ -23,8 +23,8 @@ pub mod leftovers;
 pub mod netns;
 pub mod pty;
 pub mod rootfs;
-pub mod wasm;
 pub mod streaming;
+pub mod wasm;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
