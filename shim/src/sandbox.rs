@@ -98,16 +98,18 @@ impl Sandbox {
     }
 
     async fn create(&self, request: wire::CreateSandboxRequest) -> Result<Vec<u8>, Status> {
-        *self.origin.lock().await = Origin::Sandbox;
-        self.create_pod(api::ControllerCreateRequest {
+        let created = self.create_pod(api::ControllerCreateRequest {
             sandbox_id: request.sandbox_id,
             rootfs: request.rootfs,
             options: request.options,
             netns_path: request.netns_path,
             annotations: request.annotations,
             ..Default::default()
-        })
-        .await?;
+        });
+        // Until then calls about tasks wait to learn whose the pod is.
+        let mut origin = self.origin.lock().await;
+        created.await?;
+        *origin = Origin::Sandbox;
         Ok(Vec::new())
     }
 
@@ -206,7 +208,17 @@ impl Sandbox {
     }
 
     async fn shutdown(&self, id: String) -> Result<Vec<u8>, Status> {
-        self.daemon.shutdown(&id).await.map(|()| Vec::new())
+        match self.daemon.shutdown(&id).await {
+            // There is nothing to end, so this process must not stay for it.
+            Err(status)
+                if status.code() == Code::Unavailable
+                    && *self.origin.lock().await == Origin::None =>
+            {
+                self.log.warn(status.message());
+                Ok(Vec::new())
+            }
+            other => other.map(|()| Vec::new()),
+        }
     }
 
     async fn metrics(&self, id: String) -> Result<Vec<u8>, Status> {

@@ -12,6 +12,7 @@ use std::path::Path;
 
 use harness::containerd::{Line, Mode, Options, Shim};
 use harness::cri::v1;
+use harness::leftovers::Held;
 use harness::{eventually, kvm_missing, skip_if};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -109,6 +110,21 @@ fn life_of_pods(line: Line) {
     });
     node.remove_pod(&id);
     assert_gone(&shims);
+
+    // Without a daemon: said, and no shim stays.
+    node.world.daemon.terminate();
+    let why = node.try_run_pod(node.pod_config("third")).unwrap_err();
+    assert!(
+        why.message().contains("cannot reach vmm-sandboxer"),
+        "{why}"
+    );
+    eventually("the end of its shim", SOON, || {
+        node.containerd.shims().is_empty().then_some(())
+    });
+    node.world.daemon.start_again();
+    node.world.before = Held::by(&node.world.daemon);
+    let id = node.run_pod("fourth").id;
+    node.remove_pod(&id);
     node.assert_nothing_left();
 }
 

@@ -160,6 +160,8 @@ fn clean_linux(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<bool>
         "cgroupsPath".to_owned(),
         Value::String(format!("/kuasar/{container}")),
     );
+    // Arranged on the host; in the guest the root stands alone.
+    linux.remove("rootfsPropagation");
     for (key, meaning) in [
         ("mountLabel", "an SELinux label of the host"),
         ("intelRdt", "cache ways of the host"),

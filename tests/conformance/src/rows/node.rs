@@ -87,7 +87,7 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
     suite.with_node(|_| ())?;
     suite.renew();
     let pod = suite.pod().id;
-    let _shell = suite.shell();
+    let shell = suite.shell();
     suite.with_node(|node| {
         node.world.daemon.kill_and_restart();
         let folder = node.world.daemon.state_dir().join(&pod);
@@ -99,6 +99,7 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
         let state = kubelet.pod_state(&pod);
         (state == v1::PodSandboxState::SandboxNotready).then_some(())
     });
+    let _ended = kubelet.exited(&shell);
     suite.renew();
     let next = suite.pod().id;
     assert_eq!(kubelet.pod_state(&next), v1::PodSandboxState::SandboxReady);

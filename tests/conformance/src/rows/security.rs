@@ -86,7 +86,7 @@ pub(super) fn privileged(suite: &Suite) -> Outcome {
     let pod = kubelet.run_pod_of(config);
     let mut config = suite.container(
         "privileged",
-        "mount -t tmpfs tmpfs /mnt && echo mounted; \
+        "mkdir -p /tmp/m && mount -t tmpfs tmpfs /tmp/m && echo mounted; \
          test -e /dev/kvm && echo kvm; test -e /dev/sda && echo disk; true",
     );
     context(&mut config).privileged = true;
