@@ -36,9 +36,9 @@ pub(super) fn program(manifest: &ImageManifest) -> Option<Descriptor> {
 pub(super) fn choose(
     files: Files,
     digest: Digest,
-    program: Descriptor,
+    program: &Descriptor,
 ) -> Result<Chosen, ImageError> {
-    let name = name(&program);
+    let name = name(program);
     Ok(Chosen {
         files,
         digest,

@@ -40,7 +40,7 @@ pub(super) fn choose(files: Files, selector: Option<&str>) -> Result<Chosen, Ima
     let digest = manifest.digest().clone();
     let manifest: ImageManifest = parse("manifest", &verified(&files, &manifest)?)?;
     if let Some(program) = artifact::program(&manifest) {
-        return artifact::choose(files, digest, program);
+        return artifact::choose(files, digest, &program);
     }
     let config = configuration(&files, &manifest)?;
     check_platform(&config)?;

@@ -346,28 +346,19 @@ impl WasmPod {
         self.alive.send_modify(|alive| *alive -= 1);
     }
 
-    /// A signal to a process that was created and not started, or could not be: whatever ends
-    /// a process ends the former.
-    async fn signal_created(
-        &self,
-        call: &'static str,
-        id: &ProcessId,
-        process: &WasmProcess,
-        signal: u32,
-    ) -> Result<()> {
+    /// A signal to a process that was not started, or could not be: whatever ends a process
+    /// ends it, and containerd waits for that end before it deletes the process.
+    async fn signal_created(&self, id: &ProcessId, process: &WasmProcess, signal: u32) {
         if !ENDING.contains(&signal) {
-            return Ok(());
+            return;
         }
-        if lock(&process.program).take().is_none() {
-            let message = "the process could not be started";
-            return Err(refused(call, ErrorCode::NotFound, message));
-        }
+        drop(lock(&process.program).take());
+        drop(process.take_stdio());
         self.tell(AgentEvent::Exit {
             process: id.clone(),
             code: 128 + signal,
         })
         .await;
-        Ok(())
     }
 
     /// Nobody listens once the pod has ended, so nobody is waited for then.
@@ -446,7 +437,8 @@ impl Agent for WasmAgent {
         const CALL: &str = "signal the process";
         let (container, first) = self.0.process(CALL, process)?;
         let Some(running) = first.running() else {
-            return self.0.signal_created(CALL, process, &first, signal).await;
+            self.0.signal_created(process, &first, signal).await;
+            return Ok(());
         };
         if !all {
             running.signal(signal);
