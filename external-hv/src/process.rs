@@ -74,6 +74,13 @@ impl Process {
         let _ = pidfd_send_signal(&self.fd, Signal::KILL);
     }
 
+    /// Waits for its end. Blocks.
+    pub fn wait_blocking(&self) {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        while let Err(rustix::io::Errno::INTR) = poll(&mut fds, None) {}
+    }
+
     /// Waits for its end.
     ///
     /// # Errors

@@ -192,6 +192,12 @@ impl Supervisor {
         self.process.kill();
     }
 
+    /// Waits until both have ended, once they were killed. Blocks.
+    pub fn wait_blocking(&self) {
+        self.process.wait_blocking();
+        self.vmm.wait_blocking();
+    }
+
     /// Waits until both have ended.
     pub(crate) async fn ended(&self) -> Ended {
         let _ = self.process.ended().await;

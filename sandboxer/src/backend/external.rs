@@ -125,6 +125,17 @@ impl SandboxBackend for ExternalBackend {
         self.environment.clone()
     }
 
+    fn outlives_daemon(&self) -> bool {
+        self.outlives_daemon
+    }
+
+    async fn recover(&self, request: MachineRequest) -> Result<Option<Arc<dyn Vm>>, VmError> {
+        let hypervisor = Arc::clone(&self.hypervisor);
+        let spec = self.spec(request);
+        let found = ExternalVm::find(hypervisor, spec, self.supervisor.clone()).await?;
+        Ok(found.map(|vm| Arc::new(vm) as _))
+    }
+
     async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
         let hypervisor = Arc::clone(&self.hypervisor);
         let vm = ExternalVm::new(hypervisor, self.spec(request), self.supervisor.clone());

@@ -88,6 +88,19 @@ pub trait SandboxBackend: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether its machines go on when this daemon ends; the next one finds them with
+    /// [`SandboxBackend::recover`].
+    fn outlives_daemon(&self) -> bool {
+        false
+    }
+
+    /// The machine that an earlier daemon built for this request, running; `None` when it has
+    /// ended.
+    async fn recover(&self, request: MachineRequest) -> Result<Option<Arc<dyn Vm>>, VmError> {
+        let _ = request;
+        Ok(None)
+    }
+
     /// Names everything that a machine written to disk depends on besides itself.
     fn identity(&self) -> String {
         self.name().to_owned()

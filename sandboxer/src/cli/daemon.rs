@@ -173,6 +173,7 @@ impl Embedded {
             listen: folder.0.join(SOCKET),
             dir: folder.0.join(STATE),
             config,
+            pods_outlive: false,
             backend,
         })
         .await
@@ -207,7 +208,7 @@ async fn collect_garbage(parent: PathBuf) {
             if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
                 continue;
             }
-            let cleaned = record::clean_stale(&state);
+            let cleaned = record::clean_stale(&state, &[]);
             let removed = remove_tree(&entry.path());
             tracing::debug!(folder = %entry.path().display(), ?cleaned, ?removed, "stale daemon");
         }

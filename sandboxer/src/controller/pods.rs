@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
+use crate::pod::recovery::{self, LeftPod};
 use crate::pod::{Phase, Pod, PodEnvironment, PodError, PodRequest, Result, SavedPod};
 use crate::task::TaskServer;
 
@@ -100,6 +101,46 @@ impl Pods {
         let entry = self.insert(pod);
         entry.pod.begin_start()?;
         self.bring_up(entry, Some((dir.to_owned(), saved))).await
+    }
+
+    /// Takes over the pods whose machines outlived an earlier daemon, all at once.
+    pub async fn recover(self: &Arc<Self>) {
+        let environment = Arc::clone(&self.environment);
+        let left = tokio::task::spawn_blocking(move || recovery::left_pods(&environment.dir));
+        let taking = left.await.unwrap_or_default().into_iter().map(|left| {
+            let pods = Arc::clone(self);
+            async move { pods.take_over(left).await }
+        });
+        futures::future::join_all(taking).await;
+    }
+
+    async fn take_over(self: &Arc<Self>, left: LeftPod) {
+        let environment = Arc::clone(&self.environment);
+        let made = tokio::task::spawn_blocking(move || (Pod::left(&left, environment), left));
+        let (pod, left) = match made.await {
+            Ok((Ok(pod), left)) => (pod, left),
+            Ok((Err(e), left)) => {
+                warn!("the pod in {} is lost: {e}", left.dir.display());
+                return;
+            }
+            Err(_) => return,
+        };
+        let entry = self.insert(pod);
+        let server = TaskServer::start(&entry.pod).await;
+        let taken = match server {
+            Ok(server) => {
+                *lock(&entry.task_server) = Some(server);
+                entry.pod.take_over(&left).await
+            }
+            Err(e) => {
+                entry.pod.fail_start(&e).await;
+                Err(e)
+            }
+        };
+        // It stays listed, not ready, until its owner removes it.
+        if let Err(e) = taken {
+            warn!(pod = entry.pod.id(), "cannot be taken over: {e}");
+        }
     }
 
     async fn bring_up(
@@ -212,6 +253,12 @@ impl Pods {
         {
             warn!("some sandboxes did not stop within {limit:?}");
         }
+    }
+
+    /// Whether they go on when this daemon ends.
+    #[must_use]
+    pub fn outlive_daemon(&self) -> bool {
+        self.environment.backend.outlives_daemon()
     }
 
     /// How many pods can run containers.

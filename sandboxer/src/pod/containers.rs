@@ -76,6 +76,7 @@ impl Pod {
             match &made {
                 Ok(pid) => {
                     info!(pod = pod.id(), container = request.id, "created");
+                    pod.describe_for_next_daemon().await;
                     let (bundle, pid) = (request.bundle, *pid);
                     pod.tell(&container, TaskEventKind::Create { bundle, pid });
                 }
@@ -356,6 +357,9 @@ impl Pod {
             match machine.agent.start_process(process.id()).await {
                 Ok(pid) => {
                     process.started(pid);
+                    if exec_is_init(&process) {
+                        pod.describe_for_next_daemon().await;
+                    }
                     machine.vm.mark_phase(phase::CONTAINER_RUNNING);
                     let exec_id = process.id().exec_id.clone();
                     let kind = if exec_id.is_empty() {
@@ -415,6 +419,7 @@ impl Pod {
                 process.exited(exit);
             }
             self.forget_container(&container).await;
+            self.describe_for_next_daemon().await;
             self.tell(&container, TaskEventKind::Delete { pid, exit });
             info!(pod = self.id(), container = container.id(), "deleted");
         } else {
@@ -422,6 +427,10 @@ impl Pod {
         }
         Ok((pid, exit))
     }
+}
+
+fn exec_is_init(process: &Process) -> bool {
+    process.id().exec_id.is_empty()
 }
 
 pub(super) fn owner(namespace: &str, container_id: &str) -> LogOwner {

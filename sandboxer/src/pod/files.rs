@@ -26,20 +26,28 @@ impl PodFiles<'_> {
         let failed = |what: &Path| PodError::io(format!("writing {}", what.display()));
         std::fs::create_dir(&folder).map_err(failed(&folder))?;
         let files = [
-            ("/etc/hosts", "hosts", self.hosts()),
-            ("/etc/hostname", "hostname", format!("{}\n", self.hostname)),
-            ("/etc/resolv.conf", "resolv.conf", self.resolv_conf()),
+            ("hosts", self.hosts()),
+            ("hostname", format!("{}\n", self.hostname)),
+            ("resolv.conf", self.resolv_conf()),
         ];
-        let mut written = Vec::new();
-        for (destination, name, content) in files {
+        for (name, content) in files {
             let path = folder.join(name);
             std::fs::write(&path, content).map_err(failed(&path))?;
-            written.push(PodFile {
-                destination,
-                guest_path: format!("{}/{FOLDER}/{name}", agent_api::SHARE_DIR),
-            });
         }
-        Ok(written)
+        Ok(Self::written())
+    }
+
+    /// The files that [`PodFiles::write`] wrote.
+    pub(super) fn written() -> Vec<PodFile> {
+        let file = |destination, name| PodFile {
+            destination,
+            guest_path: format!("{}/{FOLDER}/{name}", agent_api::SHARE_DIR),
+        };
+        vec![
+            file("/etc/hosts", "hosts"),
+            file("/etc/hostname", "hostname"),
+            file("/etc/resolv.conf", "resolv.conf"),
+        ]
     }
 
     fn hosts(&self) -> String {

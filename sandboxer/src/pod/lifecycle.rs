@@ -64,6 +64,7 @@ impl Pod {
                 tokio::spawn(watcher.instrument(self.span()));
                 self.follow_network();
                 info!(pod = self.id(), "ready");
+                self.describe_for_next_daemon().await;
                 Ok(())
             }
             Err(e) => {
@@ -117,16 +118,28 @@ impl Pod {
         containers: &[SavedContainer],
     ) -> Result<mpsc::Receiver<AgentEvent>> {
         self.connect_network(vm.as_ref()).await?;
+        self.meet(vm, containers, true).await
+    }
+
+    /// Waits for the agent of a machine that runs, or is to be started.
+    pub(super) async fn meet(
+        &self,
+        vm: &Arc<dyn Vm>,
+        containers: &[SavedContainer],
+        start: bool,
+    ) -> Result<mpsc::Receiver<AgentEvent>> {
         let up = async {
             let backend = &self.environment.backend;
             let agent = backend.agent(self.id(), vm.as_ref(), self.limits());
             let agent = agent.map_err(|e| self.vm_error(e))?;
-            vm.start().await.map_err(|e| self.vm_error(e))?;
+            if start {
+                vm.start().await.map_err(|e| self.vm_error(e))?;
+            }
             let connected = agent.await?;
             vm.mark_phase(phase::AGENT_READY);
             connected.client.setup_sandbox(self.setup()).await?;
             vm.mark_phase(phase::SANDBOX_SET_UP);
-            if let Some(network) = lock(&self.network).as_mut() {
+            if let Some(Network::Connected(network)) = lock(&self.network).as_mut() {
                 network.forward(Arc::downgrade(vm), self.limits().connect);
             }
             let machine = Arc::new(Machine {
@@ -200,7 +213,7 @@ impl Pod {
             .await
             .unwrap_or(Err(PodError::Cancelled("connecting the network")));
         let (network, taps) = connected?;
-        self.set_network_description(network.describe());
+        self.note_network(&network);
         *lock(&self.network) = Some(Network::Connected(network));
         if taps.is_empty() {
             warn!("the pod's network namespace has no interface: the pod has loopback only");
@@ -212,8 +225,11 @@ impl Pod {
         Ok(())
     }
 
-    pub(super) fn set_network_description(&self, description: &rpc::Network) {
-        lock(&self.network_description).clone_from(description);
+    /// Keeps what others have to know of the network, whoever has it.
+    pub(super) fn note_network(&self, network: &PodNetwork) {
+        let mut note = lock(&self.network_note);
+        note.description.clone_from(network.describe());
+        note.connected = network.connected();
     }
 
     /// From now on the guest's network changes with the namespace.
@@ -260,7 +276,7 @@ impl Pod {
                 .into_iter()
                 .collect(),
             resolv_conf: files.resolv_conf(),
-            network: Some(lock(&self.network_description).clone()).into(),
+            network: Some(lock(&self.network_note).description.clone()).into(),
             ..Default::default()
         }
     }

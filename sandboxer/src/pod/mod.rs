@@ -15,6 +15,7 @@ mod network;
 mod oci;
 mod process;
 pub mod record;
+pub(crate) mod recovery;
 mod request;
 mod resources;
 mod snapshot;
@@ -145,6 +146,15 @@ enum Network {
     Followed(Follower),
 }
 
+/// The pod's network as it was last.
+#[derive(Debug, Default)]
+struct NetworkNote {
+    /// For the agent.
+    description: rpc::Network,
+    /// For the next daemon; see [`PodNetwork::connected`].
+    connected: Vec<u32>,
+}
+
 /// A pod.
 #[derive(Debug)]
 pub struct Pod {
@@ -165,8 +175,10 @@ pub struct Pod {
     /// Operations under way; the pod's folder outlives them.
     operations: TaskTracker,
     network: Mutex<Option<Network>>,
-    network_description: Mutex<rpc::Network>,
+    network_note: Mutex<NetworkNote>,
     share: Mutex<Option<Share>>,
+    /// The pod is being described for the next daemon.
+    recording: tokio::sync::Mutex<()>,
     /// Last: removed after everything in it is released.
     folder: Mutex<Option<PodFolder>>,
 }
@@ -244,8 +256,9 @@ impl Pod {
             streams: Arc::new(Streams::default()),
             operations: TaskTracker::new(),
             network: Mutex::new(None),
-            network_description: Mutex::default(),
+            network_note: Mutex::default(),
             share: Mutex::new(Some(share)),
+            recording: tokio::sync::Mutex::default(),
             folder: Mutex::new(Some(folder)),
         })
     }

@@ -68,7 +68,7 @@ impl Record {
     }
 
     /// Reads the record of a pod's folder. Blocks.
-    fn read(pod_dir: &Path) -> std::io::Result<Self> {
+    pub(super) fn read(pod_dir: &Path) -> std::io::Result<Self> {
         let text = fs::read(pod_dir.join(FILE))?;
         let record: Self = serde_json::from_slice(&text)?;
         if record.version != VERSION {
@@ -101,22 +101,37 @@ pub(super) fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
 }
 
 /// Cleans up what a daemon that died left in `dir`: mounts, sockets and folders of pods.
-/// The caller holds the lock of `dir`, so no living daemon owns any of it. What this daemon
+/// The caller holds the lock of `dir`, so no living daemon owns any of it but the pods
+/// `known`, which it has taken over. What this daemon
 /// cannot read is kept under another name. Blocks.
 ///
 /// # Errors
 /// `dir` cannot be listed; trouble with one pod is only logged.
-pub fn clean_stale(dir: &Path) -> Result<()> {
+pub fn clean_stale(dir: &Path, known: &[String]) -> Result<()> {
     let failed = || format!("listing {}", dir.display());
     for entry in fs::read_dir(dir).map_err(PodError::io(failed()))? {
         let entry = entry.map_err(PodError::io(failed()))?;
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         let name = entry.file_name().to_string_lossy().into_owned();
-        if is_dir && !name.starts_with(QUARANTINE) {
+        if is_dir && !name.starts_with(QUARANTINE) && !known.contains(&name) {
+            end_machine(&entry.path(), &name);
             clean_one(&entry.path(), &name);
         }
     }
     Ok(())
+}
+
+/// Ends the processes of a machine that nobody has taken over.
+fn end_machine(pod_dir: &Path, name: &str) {
+    match external_hv::supervisor::Supervisor::find(pod_dir) {
+        Ok(Some(supervisor)) => {
+            warn!(pod = name, "ending a machine that nobody takes over");
+            supervisor.kill();
+            supervisor.wait_blocking();
+        }
+        Ok(None) => {}
+        Err(e) => warn!(pod = name, "cannot look for its machine: {e}"),
+    }
 }
 
 fn clean_one(pod_dir: &Path, name: &str) {
@@ -197,8 +212,8 @@ mod tests {
         let newer = serde_json::json!({"version": 99, "id": "x"});
         fs::write(pod("newer").join(FILE), newer.to_string()).unwrap();
         fs::write(dir.path().join("daemon.lock"), "").unwrap();
-        clean_stale(dir.path()).unwrap();
-        clean_stale(dir.path()).unwrap();
+        clean_stale(dir.path(), &[]).unwrap();
+        clean_stale(dir.path(), &[]).unwrap();
         let mut left: Vec<String> = fs::read_dir(dir.path())
             .unwrap()
             .map(|e| e.unwrap().file_name().into_string().unwrap())

@@ -39,9 +39,12 @@ pub struct SavedPod {
     netns: Option<PathBuf>,
     /// `runtime.v1.PodSandboxConfig`.
     config: Vec<u8>,
-    vcpus: u32,
-    memory_bytes: u64,
-    containers: Vec<SavedContainer>,
+    pub(super) vcpus: u32,
+    pub(super) memory_bytes: u64,
+    pub(super) containers: Vec<SavedContainer>,
+    /// Interfaces of the namespace that are connected, of a pod that runs.
+    #[serde(default)]
+    pub(super) network: Vec<u32>,
 }
 
 /// A container of a [`SavedPod`].
@@ -55,6 +58,9 @@ pub(super) struct SavedContainer {
     /// The exit code of one that has ended.
     exit_code: Option<u32>,
     paused: bool,
+    /// Its init process has not been started.
+    #[serde(default)]
+    created: bool,
     recipe: Recipe,
     pub(super) disks: Vec<PluggedDisk>,
 }
@@ -135,8 +141,17 @@ impl Pod {
         }
         let saved = machine.vm.snapshot(dir, &self.label(), base).await;
         saved.map_err(|e| self.vm_error(e))?;
+        let saved = self.saved(containers)?;
+        let text = serde_json::to_vec_pretty(&saved)
+            .map_err(|e| failed("describing the pod in")(std::io::Error::from(e)))?;
+        record::replace(&dir.join(FILE), &text).map_err(failed("writing the pod to"))?;
+        info!(pod = self.id(), "written to {}", dir.display());
+        Ok(())
+    }
+
+    pub(super) fn saved(&self, containers: Vec<SavedContainer>) -> Result<SavedPod> {
         let request = self.machine_request()?;
-        let saved = SavedPod {
+        Ok(SavedPod {
             version: VERSION,
             id: self.id().to_owned(),
             netns: self.request.netns.clone(),
@@ -144,12 +159,24 @@ impl Pod {
             vcpus: request.vcpus,
             memory_bytes: request.memory_bytes,
             containers,
-        };
-        let text = serde_json::to_vec_pretty(&saved)
-            .map_err(|e| failed("describing the pod in")(std::io::Error::from(e)))?;
-        record::replace(&dir.join(FILE), &text).map_err(failed("writing the pod to"))?;
-        info!(pod = self.id(), "written to {}", dir.display());
-        Ok(())
+            network: Vec::new(),
+        })
+    }
+
+    /// The containers that the next daemon can take over as they are.
+    pub(super) fn describe_settled(&self) -> Vec<SavedContainer> {
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        let settled = containers.iter().filter_map(|container| {
+            let init = container.init();
+            let exit_code = match init.state() {
+                ProcessState::Creating => return None,
+                ProcessState::Exited(exit) => Some(exit.code),
+                _ => None,
+            };
+            let created = init.state() == ProcessState::Created;
+            Some(SavedContainer::of(container, exit_code, created))
+        });
+        settled.collect()
     }
 
     fn describe_containers(&self) -> Result<Vec<SavedContainer>> {
@@ -161,17 +188,7 @@ impl Pod {
                 ProcessState::Exited(exit) => Some(exit.code),
                 _ => return Err(init.wrong_state("write to disk")),
             };
-            Ok(SavedContainer {
-                id: container.id().to_owned(),
-                bundle: container.bundle().to_owned(),
-                namespace: container.namespace().to_owned(),
-                stdio: init.stdio_paths().clone(),
-                pid: init.pid(),
-                exit_code,
-                paused: container.is_paused(),
-                recipe: container.recipe().unwrap_or_default(),
-                disks: container.disks(),
-            })
+            Ok(SavedContainer::of(container, exit_code, false))
         };
         containers.iter().map(describe).collect()
     }
@@ -191,11 +208,7 @@ impl Pod {
     /// The folder holds no pod, one of another version, or the id is taken.
     pub fn from_disk(dir: &Path, environment: Arc<PodEnvironment>) -> Result<(Self, SavedPod)> {
         let saved = SavedPod::read(dir)?;
-        let config = PodSandboxConfig::decode(saved.config.as_slice()).map_err(|e| {
-            PodError::invalid("dir", dir.display().to_string(), format!("damaged: {e}"))
-        })?;
-        let netns = saved.netns.as_deref().unwrap_or_else(|| Path::new(""));
-        let request = PodRequest::new(&saved.id, &netns.to_string_lossy(), config)?;
+        let request = saved.request(dir)?;
         Ok((Self::create(request, environment)?, saved))
     }
 
@@ -243,13 +256,7 @@ impl Pod {
             .map(|share| share.path().to_owned())
             .ok_or_else(|| self.wrong_phase("restore"))?;
         for saved in &saved.containers {
-            let container = Container::new(
-                &saved.id,
-                &saved.bundle,
-                &saved.namespace,
-                saved.stdio.clone(),
-            );
-            container.set_paused(saved.paused);
+            let container = saved.container();
             let (share, id, recipe) = (share.clone(), saved.id.clone(), saved.recipe.clone());
             let mounting =
                 tokio::task::spawn_blocking(move || ContainerStorage::prepare(&share, &id, recipe));
@@ -275,16 +282,64 @@ impl Pod {
         let host = HostStdio::open(&saved.stdio, &owner, &self.streams).await?;
         let stdio = self.wire_stdio(machine, init, host).await?;
         init.created(saved.pid, stdio);
+        if saved.created {
+            return Ok(());
+        }
         init.begin_start()?;
         init.started(saved.pid);
         Ok(())
     }
 }
 
+impl SavedContainer {
+    fn of(container: &Container, exit_code: Option<u32>, created: bool) -> Self {
+        let init = container.init();
+        Self {
+            id: container.id().to_owned(),
+            bundle: container.bundle().to_owned(),
+            namespace: container.namespace().to_owned(),
+            stdio: init.stdio_paths().clone(),
+            pid: init.pid(),
+            exit_code,
+            paused: container.is_paused(),
+            created,
+            recipe: container.recipe().unwrap_or_default(),
+            disks: container.disks(),
+        }
+    }
+
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(super) fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The container, without its files and streams.
+    pub(super) fn container(&self) -> Container {
+        let stdio = self.stdio.clone();
+        let container = Container::new(&self.id, &self.bundle, &self.namespace, stdio);
+        container.set_paused(self.paused);
+        container
+    }
+}
+
 impl SavedPod {
     fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join(FILE);
-        let text = fs::read(&path).map_err(PodError::io(format!("reading {}", path.display())))?;
+        Self::read_file(&dir.join(FILE))
+    }
+
+    pub(super) fn request(&self, dir: &Path) -> Result<PodRequest> {
+        let config = PodSandboxConfig::decode(self.config.as_slice()).map_err(|e| {
+            PodError::invalid("dir", dir.display().to_string(), format!("damaged: {e}"))
+        })?;
+        let netns = self.netns.as_deref().unwrap_or_else(|| Path::new(""));
+        PodRequest::new(&self.id, &netns.to_string_lossy(), config)
+    }
+
+    pub(super) fn read_file(path: &Path) -> Result<Self> {
+        let text = fs::read(path).map_err(PodError::io(format!("reading {}", path.display())))?;
         let saved: Self = serde_json::from_slice(&text).map_err(|e| {
             PodError::invalid("dir", path.display().to_string(), format!("damaged: {e}"))
         })?;

@@ -53,6 +53,8 @@ pub struct ServerOptions {
     pub dir: PathBuf,
     /// Everything else.
     pub config: Config,
+    /// Let pods go on when the daemon ends, where machines can: the next one takes them over.
+    pub pods_outlive: bool,
     /// Makes the machines; `None`: what the configuration says.
     pub backend: Option<Arc<dyn SandboxBackend>>,
 }
@@ -63,6 +65,7 @@ impl Default for ServerOptions {
             listen: PathBuf::from(DEFAULT_LISTEN),
             dir: PathBuf::from(DEFAULT_DIR),
             config: Config::default(),
+            pods_outlive: false,
             backend: None,
         }
     }
@@ -127,18 +130,13 @@ impl Server {
         allow_many_files();
         let backend = match options.backend {
             Some(backend) => backend,
-            None => make_backend(&options.config).await?,
+            None => make_backend(&options.config, options.pods_outlive).await?,
         };
         let timeouts = if backend.slow_kernel() {
             options.config.timeouts.for_slow_host()
         } else {
             options.config.timeouts.clone()
         };
-        let stale = options.dir.clone();
-        tokio::task::spawn_blocking(move || record::clean_stale(&stale))
-            .await
-            .map_err(|e| ServerError::io("cleaning up")(e.into()))??;
-        let (listener, socket) = ListenSocket::bind(&options.listen).await?;
         let events = options
             .config
             .events
@@ -146,13 +144,20 @@ impl Server {
             .as_deref()
             .map(EventSink::to_containerd)
             .unwrap_or_default();
+        let dir = options.dir;
         let pods = Arc::new(Pods::new(Arc::new(PodEnvironment {
-            dir: options.dir,
+            dir: dir.clone(),
             backend,
             vm: options.config.vm,
             timeouts,
             events,
         })));
+        pods.recover().await;
+        let (stale, known) = (dir, pods.ids());
+        tokio::task::spawn_blocking(move || record::clean_stale(&stale, &known))
+            .await
+            .map_err(|e| ServerError::io("cleaning up")(e.into()))??;
+        let (listener, socket) = ListenSocket::bind(&options.listen).await?;
         let stop = CancellationToken::new();
         let serving = tonic::transport::Server::builder()
             .add_service(ControllerServer::new(ControllerService::new(Arc::clone(
@@ -200,9 +205,14 @@ impl RunningServer {
         &self.pods
     }
 
-    /// Stops all pods within `deadline`, answers what is under way, and stops listening.
+    /// Stops all pods within `deadline`, unless they go on without us, answers what is under way, and stops listening.
     pub async fn shutdown(self, deadline: Duration) {
-        self.pods.shutdown_all(deadline).await;
+        if self.pods.outlive_daemon() {
+            // Nothing of theirs may be undone when we end.
+            std::mem::forget(Arc::clone(&self.pods));
+        } else {
+            self.pods.shutdown_all(deadline).await;
+        }
         self.stop.cancel();
         let Self {
             serving,
@@ -223,10 +233,13 @@ impl RunningServer {
     }
 }
 
-async fn make_backend(config: &Config) -> Result<Arc<dyn SandboxBackend>, BackendError> {
+async fn make_backend(
+    config: &Config,
+    survive: bool,
+) -> Result<Arc<dyn SandboxBackend>, BackendError> {
     Ok(match config.sandbox.mode {
         Mode::InProcess => Arc::new(VmmBackend::new(config).await?),
-        Mode::External => Arc::new(ExternalBackend::new(config, false).await?),
+        Mode::External => Arc::new(ExternalBackend::new(config, survive).await?),
     })
 }
 

@@ -50,6 +50,8 @@ impl TaskServer {
     pub async fn start(pod: &Arc<Pod>) -> Result<Self> {
         let socket = pod.task_socket();
         let failed = || format!("listening on {}", socket.display());
+        // A daemon that died left its own.
+        let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).map_err(PodError::io(failed()))?;
         std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
             .map_err(PodError::io(failed()))?;

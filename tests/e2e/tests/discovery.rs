@@ -7,7 +7,7 @@
 )]
 
 use e2e::World;
-use harness::{kvm_missing, skip_if};
+use harness::{kvm_missing, not_in_process, skip_if};
 
 /// What the container prints: how its kernel was told, what it found, and who drives it.
 const SCRIPT: &str = "cat /proc/cmdline; echo cpus=$(nproc); \
@@ -18,6 +18,7 @@ const SCRIPT: &str = "cat /proc/cmdline; echo cpus=$(nproc); \
 #[test]
 fn devices_and_cpus_are_found_through_acpi() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     let world = World::with_config("[vm]\ndiscovery = \"acpi\"\n[templates]\nmode = \"off\"\n");
     let rootfs = world.rootfs.to_str().unwrap();
     #[rustfmt::skip]

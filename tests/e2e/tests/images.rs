@@ -235,13 +235,15 @@ fn what_commands_show(ctl: &Ctl, layout: &str) {
     assert_eq!(&everything["pod"]["id"], &pod["id"]);
     assert_eq!(everything["record"]["stop_signal"], 10);
     let status = &everything["status"];
-    assert_eq!(status["backend"], "in-process");
+    let backend = harness::external_backend();
+    let backend = backend.as_deref().unwrap_or("in-process");
+    assert_eq!(status["backend"], backend);
     let kernel = status["guest"]["kernel"].as_str().unwrap();
     assert!(kernel.contains('.'), "{kernel}");
     assert!(status["vm"]["memory_bytes"].as_u64().unwrap() >= 64 << 20);
     let phases = status["vm"]["phases"].as_array().unwrap();
     let names: Vec<&str> = phases.iter().map(|p| p["name"].as_str().unwrap()).collect();
-    let expected = [
+    let cloned = [
         "vm created",
         "memory mapped",
         "devices attached",
@@ -252,6 +254,17 @@ fn what_commands_show(ctl: &Ctl, layout: &str) {
         "sandbox set up",
         "container running",
     ];
+    let launched = [
+        "vmm running",
+        "kernel entered",
+        "agent ready",
+        "sandbox set up",
+        "container running",
+    ];
+    let expected: &[&str] = match backend {
+        "in-process" => &cloned,
+        _ => &launched,
+    };
     assert_eq!(names, expected);
     for pair in phases.windows(2) {
         assert!(

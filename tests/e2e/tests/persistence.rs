@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use e2e::World;
-use harness::{eventually, kvm_missing, skip_if};
+use harness::{eventually, kvm_missing, not_in_process, skip_if};
 
 /// Counts in a shell variable, which is nowhere but in guest memory, and writes each number to
 /// the terminal, to a file that stays open and to a disk.
@@ -34,6 +34,7 @@ fn last(text: &str) -> u32 {
 #[test]
 fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     skip_if!(harness::disk::tools_missing());
     let mut world = World::new();
     let data = world.scratch().join("data");

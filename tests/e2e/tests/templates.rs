@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use e2e::World;
-use harness::{eventually, kvm_missing, skip_if};
+use harness::{eventually, kvm_missing, not_in_process, skip_if};
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -50,6 +50,7 @@ fn detached(world: &World, name: &str) {
 #[test]
 fn every_clone_is_someone_else() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     let world = World::new();
     let mut seen = BTreeSet::new();
     for name in ["first", "second"] {
@@ -99,6 +100,7 @@ fn address_space(world: &World) -> u64 {
 #[test]
 fn a_pod_without_memory_for_it_fails_alone() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     let mut world = World::new();
     detached(&world, "witness");
     let rootfs = world.rootfs.to_str().unwrap().to_owned();
@@ -131,6 +133,7 @@ fn a_pod_without_memory_for_it_fails_alone() {
 #[test]
 fn a_full_disk_costs_the_next_daemon_a_boot_and_nobody_else_anything() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     let disk = tempfile::tempdir().unwrap();
     let size = Some("size=1m");
     let flags = MsFlags::empty();
@@ -168,6 +171,7 @@ fn a_full_disk_costs_the_next_daemon_a_boot_and_nobody_else_anything() {
 #[test]
 fn a_daemon_killed_while_it_builds_leaves_nothing_to_the_next() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     let templates = tempfile::tempdir().unwrap();
     let config = format!(
         "[templates]\nwarm = 1\ndir = {:?}\n",
@@ -200,6 +204,7 @@ fn a_daemon_killed_while_it_builds_leaves_nothing_to_the_next() {
 #[test]
 fn templates_are_listed_verified_and_removed() {
     skip_if!(kvm_missing());
+    skip_if!(not_in_process());
     let world = World::new();
     // One that exists: the tests before this one cloned it, or it is built now.
     let built = world.ctl.run(["template", "build", "--json"]);

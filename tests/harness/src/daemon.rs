@@ -167,6 +167,20 @@ fn launch(name: &str, dir: &Path) -> Child {
     }
 }
 
+/// Ends the external VMs of pods that a failed test left: they outlive their daemon.
+fn end_vms(state: &Path) {
+    for entry in std::fs::read_dir(state).into_iter().flatten().flatten() {
+        let text = std::fs::read(entry.path().join("vmm.json")).unwrap_or_default();
+        let processes: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+        for name in ["vmm", "supervisor"] {
+            let pid = processes[name]["pid"].as_i64();
+            if let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
 /// Unmounts everything below `dir`, what was mounted last first.
 fn detach_below(dir: &Path) {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -188,6 +202,7 @@ impl Drop for Daemon {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        end_vms(&self.state_dir());
         // A daemon that was killed leaves its mounts, and removing the folder would go through
         // them into what is shared with its pods.
         detach_below(self.dir.path());

@@ -126,7 +126,7 @@ async fn apply(
     if changes.is_empty() && !differs {
         return Ok(());
     }
-    pod.set_network_description(network.describe());
+    pod.note_network(network);
     let machine = pod.machine()?;
     for change in changes {
         let done = match change {
@@ -136,6 +136,7 @@ async fn apply(
         done.map_err(|e| pod.vm_error(e))?;
     }
     debug!("the network has changed");
+    pod.describe_for_next_daemon().await;
     machine
         .agent
         .update_network(network.describe().clone())

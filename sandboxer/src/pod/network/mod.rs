@@ -86,10 +86,7 @@ impl PodNetwork {
                 too_many(found.cards.len(), slots),
             ));
         }
-        match Gate::open(&network.namespace) {
-            Ok(gate) => network.gate = Some(gate),
-            Err(e) => warn!("no port forwarding: {}", with_causes(&e)),
-        }
+        network.open_gate();
         let changes = network.take_over(&found)?;
         let taps = changes.into_iter().filter_map(|change| match change {
             Change::Plug(_, tap) => Some(tap),
@@ -97,6 +94,13 @@ impl PodNetwork {
         });
         let taps = taps.collect();
         Ok((network, taps))
+    }
+
+    fn open_gate(&mut self) {
+        match Gate::open(&self.namespace) {
+            Ok(gate) => self.gate = Some(gate),
+            Err(e) => warn!("no port forwarding: {}", with_causes(&e)),
+        }
     }
 
     /// Carries what connects to `localhost` in the namespace into the guest of `vm`; opening a
@@ -107,6 +111,39 @@ impl PodNetwork {
             Ok(forwarding) => self.forwarding = forwarding,
             Err(e) => warn!("no port forwarding: {}", with_causes(&e)),
         }
+    }
+
+    /// The interface of each slot by its number, for the next daemon; 0 for none.
+    pub(super) fn connected(&self) -> Vec<u32> {
+        let index = |card: &Option<Card>| card.as_ref().map_or(0, |card| card.index);
+        self.cards.iter().map(index).collect()
+    }
+
+    /// Owns the connection that an earlier daemon made: the interface of each slot. Blocks.
+    ///
+    /// # Errors
+    /// The namespace is gone, and the connection with it.
+    pub(super) fn adopt(path: &Path, connected: &[u32]) -> Result<Self> {
+        let mut network = Self {
+            namespace: Namespace::open(path)?,
+            cards: Vec::new(),
+            described: rpc::Network::default(),
+            gate: None,
+            forwarding: None,
+        };
+        let found = network.scan()?;
+        for index in connected {
+            // One that is gone is noticed when the namespace is followed.
+            let interface = found.cards.iter().find(|card| card.index == *index);
+            let card = interface.cloned().unwrap_or(Card {
+                index: *index,
+                interface: rpc::Interface::default(),
+            });
+            network.cards.push((*index != 0).then_some(card));
+        }
+        network.described = network.description(&found);
+        network.open_gate();
+        Ok(network)
     }
 
     /// Reads the namespace again; what the machine has to do about it. Blocks.
@@ -174,7 +211,9 @@ impl PodNetwork {
     fn description(&self, found: &Found) -> rpc::Network {
         let mut interfaces = Vec::new();
         for (slot, card) in self.cards.iter().enumerate() {
-            if let Some(card) = card {
+            if let Some(card) = card
+                && !card.interface.name.is_empty()
+            {
                 interfaces.push(rpc::Interface {
                     device: format!("eth{slot}"),
                     ..card.interface.clone()

@@ -33,6 +33,13 @@ impl Dir {
         Ok(Self { fd })
     }
 
+    /// Opens the folder `name`, which is no link.
+    pub(super) fn open_dir(&self, name: &str) -> io::Result<Self> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_PATH;
+        let fd = openat(self.fd.as_fd(), name, flags, Mode::empty())?;
+        Ok(Self { fd })
+    }
+
     /// Creates the empty file `name`, which must not exist, as something to mount on.
     pub(super) fn create_file(&self, name: &str) -> io::Result<OwnedFd> {
         let flags =

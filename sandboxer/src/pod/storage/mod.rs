@@ -100,6 +100,29 @@ impl ContainerStorage {
         Ok(storage)
     }
 
+    /// Owns what an earlier daemon mounted for `container`. Blocks.
+    ///
+    /// # Errors
+    /// Its folder is gone.
+    pub fn adopt(share: &Path, container: &str, recipe: Recipe) -> Result<Self> {
+        let folder = share.join(container);
+        let failed = || PodError::io(format!("opening {}", folder.display()));
+        let top = Dir::open(share).and_then(|share| share.open_dir(container));
+        let top = Arc::new(top.map_err(failed())?);
+        let mounts = Arc::new(top.open_dir(MOUNTS).map_err(failed())?);
+        let rootfs = recipe
+            .rootfs
+            .iter()
+            .map(|_| MountGuard::adopt(&top, ROOTFS));
+        let binds = recipe.binds.iter();
+        let binds = binds.map(|bind| MountGuard::adopt(&mounts, &bind.name));
+        Ok(Self {
+            mounts: rootfs.chain(binds).collect(),
+            folder,
+            recipe,
+        })
+    }
+
     /// What was mounted.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
@@ -201,6 +224,18 @@ impl Share {
         Ok(Self {
             path,
             mount: Some(mount),
+        })
+    }
+
+    /// Owns the share that an earlier daemon made in the pod's folder. Blocks.
+    pub(crate) fn adopt(pod_dir: &Path) -> Result<Self> {
+        const NAME: &str = "shared";
+        let path = pod_dir.join(NAME);
+        let parent =
+            Dir::open(pod_dir).map_err(PodError::io(format!("opening {}", pod_dir.display())))?;
+        Ok(Self {
+            path,
+            mount: Some(MountGuard::adopt(&Arc::new(parent), NAME)),
         })
     }
 

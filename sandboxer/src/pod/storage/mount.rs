@@ -20,6 +20,16 @@ pub(super) struct MountGuard {
     name: String,
 }
 
+impl MountGuard {
+    /// Owns what an earlier daemon mounted on the entry `name` of `parent`.
+    pub(super) fn adopt(parent: &Arc<Dir>, name: &str) -> Self {
+        Self {
+            parent: Arc::clone(parent),
+            name: name.to_owned(),
+        }
+    }
+}
+
 impl Drop for MountGuard {
     fn drop(&mut self) {
         let path = self.parent.entry(&self.name);

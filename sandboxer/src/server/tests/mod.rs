@@ -42,6 +42,7 @@ impl Daemon {
         let root = tempfile::tempdir().unwrap();
         let backend = FakeBackend::new(fault);
         let options = ServerOptions {
+            pods_outlive: false,
             listen: root.path().join("s.sock"),
             dir: root.path().join("pods"),
             config: Config {

@@ -1,0 +1,126 @@
+//! What only pods of an external hypervisor do: they outlive their daemon.
+//!
+//! Runs in QEMU, whatever `BACKEND` says.
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    reason = "the whole file is a test"
+)]
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use e2e::World;
+use harness::{eventually, skip_if};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const SLOW: Duration = Duration::from_secs(60);
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+/// Pods in QEMU, translated, so that the test is the same on every host.
+const CONFIG: &str = "[sandbox]\nmode = \"external\"\n\
+                      [hypervisor.qemu]\naccel = \"tcg\"\nmax_memory = \"512MiB\"\n";
+
+fn qemu_missing() -> Option<String> {
+    (!Path::new(QEMU).exists()).then(|| format!("there is no {QEMU}"))
+}
+
+fn world(more: &str) -> World {
+    World::with_config(&format!("{CONFIG}{more}"))
+}
+
+/// Starts a pod that counts into a file of the host.
+fn counter(world: &World, name: &str) -> std::path::PathBuf {
+    let data = world.scratch().join(name);
+    fs::create_dir(&data).unwrap();
+    let volume = format!("{}:/data", data.display());
+    let rootfs = world.rootfs.to_str().unwrap().to_owned();
+    #[rustfmt::skip]
+    let run = world.ctl.run([
+        "run", "--detach", "--name", name, "--volume", &volume, "--rootfs", &rootfs, "--",
+        "/bin/sh", "-c",
+        "n=0; while :; do n=$((n+1)); echo $n; echo $n > /data/count; sleep 0.2; done",
+    ]);
+    run.expect_code(0);
+    data.join("count")
+}
+
+fn count(file: &Path) -> u32 {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+fn reaches(file: &Path, least: u32) {
+    eventually("the counter", SLOW, || (count(file) >= least).then_some(()));
+}
+
+fn inspect(world: &World, name: &str) -> Value {
+    let shown = world.ctl.run(["inspect", "--json", name]);
+    serde_json::from_str(&shown.expect_code(0).stdout).unwrap()
+}
+
+fn vmm_of(world: &World, name: &str) -> i32 {
+    let id = inspect(world, name)["pod"]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let text = fs::read_to_string(world.daemon.state_dir().join(id).join("vmm.json")).unwrap();
+    let processes: Value = serde_json::from_str(&text).unwrap();
+    i32::try_from(processes["vmm"]["pid"].as_i64().unwrap()).unwrap()
+}
+
+#[test]
+fn pods_outlive_their_daemon() {
+    skip_if!(qemu_missing());
+    let mut world = world("");
+    let file = counter(&world, "lives");
+    let ends = counter(&world, "ends");
+    reaches(&file, 3);
+    let vmm = vmm_of(&world, "lives");
+
+    // Once asked to end, once killed.
+    for killed in [false, true] {
+        if killed {
+            world.daemon.kill_and_restart();
+        } else {
+            // One pod ends while nobody looks.
+            let doomed = vmm_of(&world, "ends");
+            world.daemon.terminate();
+            kill(Pid::from_raw(doomed), Signal::SIGKILL).unwrap();
+            reaches(&file, count(&file) + 3);
+            world.daemon.start_again();
+        }
+        let before = count(&file);
+        reaches(&file, before + 3);
+        assert_eq!(vmm_of(&world, "lives"), vmm, "it is the same VM");
+        let exec = world
+            .ctl
+            .run(["exec", "lives", "--", "/bin/cat", "/data/count"]);
+        let seen: u32 = exec.expect_code(0).stdout.trim().parse().unwrap();
+        assert!(seen >= before);
+        // Its output goes on as well.
+        let logged = || {
+            let logs = world.ctl.run(["logs", "lives"]);
+            let text = logs.expect_code(0).stdout.clone();
+            text.lines()
+                .last()
+                .and_then(|line| line.parse().ok())
+                .unwrap_or(0)
+        };
+        eventually("output", SLOW, || (logged() > before).then_some(()));
+    }
+    assert!(count(&ends) > 0);
+    world.ctl.run(["rm", "--force", "ends"]);
+    world
+        .ctl
+        .run(["stop", "--time", "1s", "lives"])
+        .expect_code(0);
+    world.ctl.run(["rm", "lives"]).expect_code(0);
+    assert!(!Path::new(&format!("/proc/{vmm}")).exists());
+    world.assert_nothing_left();
+}
