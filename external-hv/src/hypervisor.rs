@@ -107,6 +107,11 @@ pub struct Nic {
     pub queues: Vec<OwnedFd>,
 }
 
+/// A card's address until the agent sets the pod's.
+pub(crate) fn card_address(slot: usize) -> String {
+    format!("02:6b:75:61:00:{:02x}", slot & 0xff)
+}
+
 /// A file that the guest gets as a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskFile {
@@ -131,8 +136,21 @@ pub struct Launch {
     pub fds: Vec<(OwnedFd, i32)>,
     /// Sockets that it inherits listening.
     pub listens: Vec<Listen>,
+    /// Cards to plug in before the guest runs.
+    pub nics: Vec<Nic>,
     /// Whether our vsock device serves it, rather than one of its own.
     pub our_vsock: bool,
+}
+
+/// A VMM to connect to.
+#[derive(Debug)]
+pub struct Started {
+    /// Its process.
+    pub pid: u32,
+    /// The guest runs, since an earlier daemon.
+    pub running: bool,
+    /// Cards to plug in before the guest runs, of VMMs that take no fds as arguments.
+    pub nics: Vec<Nic>,
 }
 
 /// How the guest ended, as its VMM says.
@@ -160,8 +178,11 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
 
     /// Connects to a VMM that was started, or that runs since an earlier daemon, and lets a
     /// guest that has not run yet run.
-    async fn connect(&self, spec: &MachineSpec, running: bool)
-    -> Result<Box<dyn Control>, VmError>;
+    async fn connect(
+        &self,
+        spec: &MachineSpec,
+        started: Started,
+    ) -> Result<Box<dyn Control>, VmError>;
 }
 
 /// A running VMM.

@@ -3,7 +3,9 @@
 //! | module | idea |
 //! |---|---|
 //! | [`machine`] | [`ExternalVm`]: one pod's VM in another process |
+//! | [`capability`] | what each backend can do |
 //! | [`hypervisor`] | what an adapter has to provide |
+//! | [`cloud_hypervisor`] | Cloud Hypervisor, by its REST API |
 //! | [`qemu`] | QEMU, by command line and QMP |
 //! | [`supervisor`] | the process beside each VMM: our devices over vhost-user, console, exit |
 //! | [`vsock`] | host and guest ports as Unix sockets |
@@ -12,13 +14,29 @@
 //! Every VM has one supervisor process, parent of its VMM: what a VMM can do to the process
 //! that maps its memory it does to its own supervisor, and both outlive the daemon.
 
+pub mod capability;
+pub mod cloud_hypervisor;
 pub mod hypervisor;
 pub mod machine;
 pub mod process;
 pub mod qemu;
 mod qmp;
+mod rights;
 pub mod supervisor;
 pub mod vsock;
 
 pub use hypervisor::{HvError, MachineSpec};
 pub use machine::ExternalVm;
+
+use vmm_core::Host;
+
+/// What guests need of a kernel here, on a machine with PCI.
+fn kernel_parameters(host: &Host) -> Vec<String> {
+    let parameters = host.kernel_parameters().iter();
+    let environment = host.guest_environment().iter();
+    parameters
+        .filter(|word| **word != "pci=off")
+        .map(|word| (*word).to_owned())
+        .chain(environment.map(|(name, value)| format!("{name}={value}")))
+        .collect()
+}

@@ -14,13 +14,15 @@ use vmm_core::panic_words;
 use vmm_core::vm::{ExitReason, GuestListener, GuestStream, PhaseReached, Vm, VmError, VmStats};
 
 use crate::hypervisor::{
-    Control, DiskFile, GuestEnd, HvError, Hypervisor, Layout, MachineSpec, Nic,
+    Control, DiskFile, GuestEnd, HvError, Hypervisor, Layout, MachineSpec, Nic, Started,
 };
 use crate::supervisor::{Ended, Job, ShareJob, Supervisor, VsockJob};
-use crate::vsock::{self, PortListener};
+use crate::vsock::{self, PortListener, Ports};
 
 /// Address of every guest; nothing is routed by it.
 const GUEST_CID: u32 = 3;
+/// From a VMM's hanging up to its end.
+const HANG_UP: Duration = Duration::from_secs(1);
 /// Bytes of console output told in errors.
 const TAIL_BYTES: u64 = 8 << 10;
 
@@ -30,6 +32,8 @@ pub struct ExternalVm {
     shared: Arc<Shared>,
     /// Cards plugged in before the VMM was started.
     nics: Mutex<Vec<Nic>>,
+    /// Host ports that are listened on.
+    ports: Ports,
     /// The supervisor's program.
     program: PathBuf,
 }
@@ -70,6 +74,7 @@ impl ExternalVm {
                 running: OnceLock::new(),
             }),
             nics: Mutex::default(),
+            ports: Ports::default(),
             program,
         }
     }
@@ -93,7 +98,7 @@ impl ExternalVm {
         };
         let vm = Self::new(hypervisor, spec, program);
         vm.shared.follow(supervisor);
-        vm.shared.connect(true).await?;
+        vm.shared.connect(true, Vec::new()).await?;
         Ok(Some(vm))
     }
 
@@ -167,7 +172,7 @@ impl ExternalVm {
             Supervisor::launch(&self.program, &job, launch.fds, spec.api_limit).await?;
         shared.mark_phase("vmm running");
         shared.follow(supervisor);
-        shared.connect(false).await?;
+        shared.connect(false, launch.nics).await?;
         shared.mark_phase("kernel entered");
         tracing::info!(
             pod = spec.name,
@@ -203,24 +208,44 @@ impl Shared {
     }
 
     /// Connects to the VMM, unless that ends first.
-    async fn connect(&self, running: bool) -> Result<(), VmError> {
+    async fn connect(&self, running: bool, nics: Vec<Nic>) -> Result<(), VmError> {
         let mut exited = self.exit.subscribe();
-        let control = tokio::select! {
-            control = self.hypervisor.connect(&self.spec, running) => control,
-            reason = exited.wait_for(Option::is_some) => {
-                let how = match reason.ok().and_then(|reason| reason.clone()) {
-                    Some(ExitReason::Process(how)) => how,
-                    Some(reason) => reason.to_string(),
-                    None => String::new(),
-                };
-                let vmm = self.hypervisor.name();
-                return Err(HvError::EarlyExit { vmm, how }.into());
+        let process = self.running.get();
+        let started = Started {
+            pid: process.map_or(0, |process| process.supervisor.vmm_pid()),
+            running,
+            nics,
+        };
+        let connected = tokio::select! {
+            connected = self.hypervisor.connect(&self.spec, started) => connected,
+            _ = exited.wait_for(Option::is_some) => return Err(self.early_exit()),
+        };
+        let control = match connected {
+            Ok(control) => control,
+            Err(error) => {
+                // A VMM that ends hangs up before it is seen to have ended.
+                let ended = exited.wait_for(Option::is_some);
+                return Err(match timeout(HANG_UP, ended).await {
+                    Ok(_) => self.early_exit(),
+                    Err(_) => error,
+                });
             }
-        }?;
+        };
         if let Some(running) = self.running.get() {
             let _ = running.control.set(control);
         }
         Ok(())
+    }
+
+    /// Why the VMM ended while it was connected to.
+    fn early_exit(&self) -> VmError {
+        let how = match self.exit.borrow().clone() {
+            Some(ExitReason::Process(how)) => how,
+            Some(reason) => reason.to_string(),
+            None => String::new(),
+        };
+        let vmm = self.hypervisor.name();
+        HvError::EarlyExit { vmm, how }.into()
     }
 
     /// The first reason stays.
@@ -346,7 +371,12 @@ impl Vm for ExternalVm {
     fn listen(&self, port: u32) -> Result<Box<dyn GuestListener>, VmError> {
         self.shared.ensure_running()?;
         let socket = self.shared.layout.vsock();
-        Ok(Box::new(PortListener::bind(&socket, port, self.exited())?))
+        Ok(Box::new(PortListener::bind(
+            &socket,
+            port,
+            &self.ports,
+            self.exited(),
+        )?))
     }
 
     fn pid(&self) -> u32 {

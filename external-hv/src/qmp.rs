@@ -5,21 +5,20 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
-use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::hypervisor::HvError;
+use crate::rights;
 
 /// Most bytes of one message: the list of a large VM's devices is far shorter.
 const MAX_LINE: usize = 4 << 20;
@@ -175,18 +174,8 @@ impl Qmp {
         let stream = &self.inner.stream;
         while !line.is_empty() {
             stream.writable().await?;
-            let sent = stream.try_io(Interest::WRITABLE, || {
-                let fds: Vec<BorrowedFd<'_>> = fd.iter().copied().collect();
-                let mut space =
-                    [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut control = SendAncillaryBuffer::new(&mut space);
-                if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-                    return Err(io::ErrorKind::InvalidInput.into());
-                }
-                let parts = [IoSlice::new(line)];
-                let sent = sendmsg(stream.as_fd(), &parts, &mut control, SendFlags::NOSIGNAL)?;
-                Ok(sent)
-            });
+            let fds: Vec<BorrowedFd<'_>> = fd.iter().copied().collect();
+            let sent = rights::try_send(stream, line, &fds);
             match sent {
                 Ok(sent) => {
                     line = line.get(sent..).unwrap_or_default();

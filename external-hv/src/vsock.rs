@@ -1,9 +1,11 @@
 //! Ports of host and guest as Unix sockets: the hybrid model that our device, Firecracker and
 //! Cloud Hypervisor share. The streams need nothing of the daemon's process.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -85,7 +87,19 @@ pub fn host_port(socket: &Path, port: u32) -> PathBuf {
 pub struct PortListener {
     listener: UnixListener,
     path: PathBuf,
+    port: u32,
+    ports: Ports,
     exited: watch::Receiver<Option<ExitReason>>,
+}
+
+/// The host ports of a VM that have a listener.
+#[derive(Clone, Debug, Default)]
+pub struct Ports(Arc<Mutex<BTreeSet<u32>>>);
+
+impl Ports {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl PortListener {
@@ -93,16 +107,18 @@ impl PortListener {
     /// daemon left is replaced.
     ///
     /// # Errors
-    /// The port has a listener in this process, or the socket cannot be bound.
+    /// The port has a listener, or the socket cannot be bound.
     pub fn bind(
         socket: &Path,
         port: u32,
+        ports: &Ports,
         exited: watch::Receiver<Option<ExitReason>>,
     ) -> Result<Self, VmError> {
         let path = host_port(socket, port);
+        // Until it is bound, so that no other takes its file away.
+        let mut taken = ports.lock();
         let bind = || {
-            let in_use = std::os::unix::net::UnixStream::connect(&path).is_ok();
-            if in_use {
+            if taken.contains(&port) {
                 return Err(io::Error::from(io::ErrorKind::AddrInUse));
             }
             match std::fs::remove_file(&path) {
@@ -115,9 +131,12 @@ impl PortListener {
             what: format!("cannot listen on {}", path.display()),
             source,
         })?;
+        taken.insert(port);
         Ok(Self {
             listener,
             path,
+            port,
+            ports: ports.clone(),
             exited,
         })
     }
@@ -142,6 +161,8 @@ impl GuestListener for PortListener {
 
 impl Drop for PortListener {
     fn drop(&mut self) {
+        let mut taken = self.ports.lock();
         let _ = std::fs::remove_file(&self.path);
+        taken.remove(&self.port);
     }
 }

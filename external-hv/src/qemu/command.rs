@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use vmm_core::vm::VmError;
 
 use super::{Engine, MachineType, NAME, QemuConfig};
-use crate::hypervisor::{Launch, Layout, MachineSpec, Nic};
+use crate::hypervisor::{Launch, Layout, MachineSpec, Nic, card_address};
 use crate::supervisor::{FIRST_FREE_FD, Listen};
 
 /// Where QEMU's QMP socket is.
@@ -72,6 +72,7 @@ pub(super) fn launch(
             path: layout.api(),
             fd: QMP_FD,
         }],
+        nics: Vec::new(),
         our_vsock: true,
     })
 }
@@ -261,7 +262,10 @@ fn cards(args: &mut Args, bus: Bus, nics: Vec<Nic>) -> Result<Vec<(OwnedFd, i32)
             format!("tap,id=net{slot},fds={},vhost=off", numbers.join(":")),
         );
         let device = bus.device("virtio-net");
-        let mut card = format!("{device},id=nic{slot},netdev=net{slot},mac={}", mac(slot));
+        let mut card = format!(
+            "{device},id=nic{slot},netdev=net{slot},mac={}",
+            card_address(slot)
+        );
         if bus == Bus::Pci {
             card.push_str(",romfile=");
             if queues > 1 {
@@ -272,11 +276,6 @@ fn cards(args: &mut Args, bus: Bus, nics: Vec<Nic>) -> Result<Vec<(OwnedFd, i32)
         args.add("device", card);
     }
     Ok(fds)
-}
-
-/// A card's address until the agent sets the pod's.
-pub(super) fn mac(slot: usize) -> String {
-    format!("02:6b:75:61:00:{:02x}", slot & 0xff)
 }
 
 /// Commas begin the next option unless they are doubled.

@@ -9,9 +9,11 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use vmm_core::vm::VmError;
 
-use super::command::{mac, unsupported};
+use super::command::unsupported;
 use super::{MachineType, NAME, QemuConfig};
-use crate::hypervisor::{Control, DiskFile, GuestEnd, HvError, Layout, MachineSpec, Nic};
+use crate::hypervisor::{
+    Control, DiskFile, GuestEnd, HvError, Layout, MachineSpec, Nic, card_address,
+};
 use crate::qmp::Qmp;
 
 /// Memory is plugged in whole sections of the guest's kernel.
@@ -295,7 +297,7 @@ impl Control for QemuControl {
             )
             .await?;
         let mut card = json!({
-            "driver": "virtio-net-pci", "netdev": netdev, "mac": mac(slot), "romfile": "",
+            "driver": "virtio-net-pci", "netdev": netdev, "mac": card_address(slot), "romfile": "",
         });
         if let (Some(card), true) = (card.as_object_mut(), names.len() > 1) {
             let vectors = names.len().saturating_mul(2).saturating_add(2);

@@ -16,7 +16,9 @@ use vmm_core::Host;
 use vmm_core::vm::VmError;
 
 use self::control::QemuControl;
-use crate::hypervisor::{Control, HvError, Hypervisor, Launch, MachineSpec, Nic, check_program};
+use crate::hypervisor::{
+    Control, HvError, Hypervisor, Launch, MachineSpec, Nic, Started, check_program,
+};
 
 /// Name for errors and `kuasar-ctl`.
 pub const NAME: &str = "qemu";
@@ -164,7 +166,7 @@ impl Qemu {
         check_program(&config.path_key, &config.path)?;
         let kvm = |host: &Host| Engine::Kvm {
             emulated_ring0: host.emulated_ring0(),
-            parameters: kernel_parameters(host),
+            parameters: crate::kernel_parameters(host),
         };
         let (engine, notice) = match (config.accel, host) {
             (Accel::Tcg, _) => (Engine::Tcg, None),
@@ -218,17 +220,6 @@ impl Qemu {
     }
 }
 
-/// What guests need of a kernel here, on a machine with PCI.
-fn kernel_parameters(host: &Host) -> Vec<String> {
-    let parameters = host.kernel_parameters().iter();
-    let environment = host.guest_environment().iter();
-    parameters
-        .filter(|word| **word != "pci=off")
-        .map(|word| (*word).to_owned())
-        .chain(environment.map(|(name, value)| format!("{name}={value}")))
-        .collect()
-}
-
 #[async_trait]
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
@@ -239,7 +230,7 @@ impl Hypervisor for Qemu {
         command::launch(&self.config, &self.engine, spec, nics)
     }
 
-    async fn connect(&self, spec: &MachineSpec, _: bool) -> Result<Box<dyn Control>, VmError> {
+    async fn connect(&self, spec: &MachineSpec, _: Started) -> Result<Box<dyn Control>, VmError> {
         let control = QemuControl::connect(Arc::clone(&self.config), spec).await?;
         Ok(Box::new(control))
     }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use devices::virtio::fs::CachePolicy;
+use external_hv::cloud_hypervisor::CloudHypervisor;
 use external_hv::qemu::Qemu;
 use external_hv::{ExternalVm, MachineSpec, hypervisor, supervisor};
 use tracing::warn;
@@ -46,20 +48,31 @@ impl ExternalBackend {
         let supervisor = supervisor_program(&config)?;
         let host = Host::probe().map_err(|e| with_causes(&e));
         let environment = host.as_ref().map(guest_environment).unwrap_or_default();
-        let HypervisorKind::Qemu = config.hypervisor.kind;
-        let (qemu, notice) = Qemu::new(config.hypervisor.qemu.adapter(), &host)?;
-        if let Some(notice) = notice {
-            warn!("{notice}");
-        }
-        let on_host = qemu.emulated_ring0();
+        let emulated = host.as_ref().is_ok_and(Host::emulated_ring0);
+        let (hypervisor, on_host, translated) = match config.hypervisor.kind {
+            HypervisorKind::Qemu => {
+                let (qemu, notice) = Qemu::new(config.hypervisor.qemu.adapter(), &host)?;
+                if let Some(notice) = notice {
+                    warn!("{notice}");
+                }
+                let (on_host, translated) = (qemu.emulated_ring0(), qemu.translates());
+                let qemu: Arc<dyn hypervisor::Hypervisor> = Arc::new(qemu);
+                (qemu, on_host, translated)
+            }
+            HypervisorKind::CloudHypervisor => {
+                let vmm = config.hypervisor.cloud_hypervisor.adapter();
+                let vmm = CloudHypervisor::new(vmm, &host)?;
+                (Arc::new(vmm) as _, emulated, false)
+            }
+        };
         Ok(Self {
-            slow: on_host || qemu.translates(),
+            slow: on_host || translated,
             environment: if on_host {
                 environment
             } else {
                 BTreeMap::new()
             },
-            hypervisor: Arc::new(qemu),
+            hypervisor,
             config,
             guest,
             supervisor,

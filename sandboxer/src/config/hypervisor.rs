@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use external_hv::cloud_hypervisor::ChConfig;
 use external_hv::qemu::{self, QemuConfig};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,9 @@ pub struct Hypervisor {
     pub api_timeout: Duration,
     /// QEMU.
     pub qemu: Qemu,
+    /// Cloud Hypervisor.
+    #[serde(rename = "cloud-hypervisor")]
+    pub cloud_hypervisor: CloudHypervisor,
 }
 
 impl Default for Hypervisor {
@@ -32,6 +36,7 @@ impl Default for Hypervisor {
             supervisor: None,
             api_timeout: Duration::from_secs(10),
             qemu: Qemu::default(),
+            cloud_hypervisor: CloudHypervisor::default(),
         }
     }
 }
@@ -43,6 +48,8 @@ pub enum HypervisorKind {
     /// QEMU.
     #[default]
     Qemu,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
 }
 
 /// `[hypervisor.qemu]`.
@@ -113,6 +120,66 @@ impl Default for Qemu {
             iothread: config.iothread,
             lock_memory: config.lock_memory,
             seccomp: config.seccomp,
+        }
+    }
+}
+
+/// `[hypervisor.cloud-hypervisor]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CloudHypervisor {
+    /// The program.
+    pub path: PathBuf,
+    /// Most vCPUs that the VM can get; 0: those at boot.
+    pub max_vcpus: u32,
+    /// Most memory that the VM can get; 0: that at boot.
+    pub max_memory: ByteSize,
+    /// Guest memory in the host's huge pages.
+    pub hugepages: bool,
+    /// Allocate all guest memory at start.
+    pub prealloc: bool,
+    /// Root file system image, persistent memory of the guest.
+    pub image: Option<PathBuf>,
+    /// Where the guest's entropy comes from.
+    pub entropy_source: PathBuf,
+    /// The VMM logs more, to the supervisor's stderr.
+    pub verbose: bool,
+    /// The VMM's own system call filter.
+    pub seccomp: bool,
+}
+
+impl Default for CloudHypervisor {
+    fn default() -> Self {
+        let config = ChConfig::default();
+        Self {
+            path: config.path,
+            max_vcpus: config.max_vcpus,
+            max_memory: ByteSize::b(config.max_memory_bytes),
+            hugepages: config.hugepages,
+            prealloc: config.prealloc,
+            image: config.image,
+            entropy_source: config.entropy_source,
+            verbose: config.verbose,
+            seccomp: config.seccomp,
+        }
+    }
+}
+
+impl CloudHypervisor {
+    /// As the adapter takes it.
+    #[must_use]
+    pub fn adapter(&self) -> ChConfig {
+        ChConfig {
+            path: self.path.clone(),
+            path_key: "hypervisor.cloud-hypervisor.path".to_owned(),
+            max_vcpus: self.max_vcpus,
+            max_memory_bytes: self.max_memory.as_u64(),
+            hugepages: self.hugepages,
+            prealloc: self.prealloc,
+            image: self.image.clone(),
+            entropy_source: self.entropy_source.clone(),
+            verbose: self.verbose,
+            seccomp: self.seccomp,
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use serde_aux::serde_introspection::serde_introspect;
 
-use super::{Config, Events, Fs, Hypervisor, Qemu, Sandbox, Templates, Timeouts, Vm, Wasm};
+use super::{
+    CloudHypervisor, Config, Events, Fs, Hypervisor, Qemu, Sandbox, Templates, Timeouts, Vm, Wasm,
+};
 
 /// A key further away than this many edits is no suggestion.
 const MAX_EDITS: usize = 3;
@@ -15,6 +17,7 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "sandbox" => serde_introspect::<Sandbox>(),
         "vm" => serde_introspect::<Vm>(),
         "hypervisor" => serde_introspect::<Hypervisor>(),
+        "hypervisor.cloud-hypervisor" => serde_introspect::<CloudHypervisor>(),
         "hypervisor.qemu" => serde_introspect::<Qemu>(),
         "templates" => serde_introspect::<Templates>(),
         "fs" => serde_introspect::<Fs>(),
@@ -23,13 +26,18 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "timeouts" => serde_introspect::<Timeouts>(),
         _ => &[],
     };
-    let (edits, found) = known
-        .iter()
-        .map(|candidate| (strsim::damerau_levenshtein(name, candidate), *candidate))
-        .min()?;
+    let (edits, found) = similar(name, known)?;
     let limit = MAX_EDITS.min(name.len() / 2);
     (edits <= limit).then(|| match table {
         "" => found.to_owned(),
         _ => format!("{table}.{found}"),
     })
+}
+
+/// The most similar of `known` and how many edits away it is.
+pub(super) fn similar<'a>(name: &str, known: &[&'a str]) -> Option<(usize, &'a str)> {
+    known
+        .iter()
+        .map(|candidate| (strsim::damerau_levenshtein(name, candidate), *candidate))
+        .min()
 }

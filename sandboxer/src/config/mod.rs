@@ -5,6 +5,7 @@
 
 mod hypervisor;
 mod keys;
+mod kuasar;
 mod templates;
 mod vm;
 mod wasm;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use hypervisor::{Accel, Hypervisor, HypervisorKind, MachineType, Qemu};
+pub use hypervisor::{Accel, CloudHypervisor, Hypervisor, HypervisorKind, MachineType, Qemu};
 pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::MIN_MEMORY;
 pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
@@ -44,6 +45,9 @@ pub struct Config {
     pub events: Events,
     /// Pods of WebAssembly programs.
     pub wasm: Wasm,
+    /// What a file of Kuasar says that has no effect here, to be logged.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
 }
 
 /// `[sandbox]`: the daemon itself.
@@ -241,6 +245,9 @@ impl Config {
             path: path.to_owned(),
             source: Box::new(source),
         };
+        if kuasar::is_one(text) {
+            return kuasar::parse(text, path);
+        }
         let document = toml::Deserializer::parse(text).map_err(parse_error)?;
         let mut unknown = None;
         let config: Self = serde_ignored::deserialize(document, |key| {
@@ -254,12 +261,16 @@ impl Config {
                 key,
             });
         }
-        config.vm.check(path)?;
-        config.fs.check(path)?;
-        config.templates.check(path)?;
-        config.hypervisor.check(path)?;
-        config.wasm.check(path)?;
+        config.check(path)?;
         Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        self.vm.check(path)?;
+        self.fs.check(path)?;
+        self.templates.check(path)?;
+        self.hypervisor.check(path)?;
+        self.wasm.check(path)
     }
 }
 

@@ -128,6 +128,9 @@ impl Server {
     pub async fn start(options: ServerOptions) -> Result<RunningServer, ServerError> {
         let folder = DaemonFolder::claim(&options.dir)?;
         allow_many_files();
+        for warning in &options.config.warnings {
+            warn!("{warning}");
+        }
         let backend = match options.backend {
             Some(backend) => backend,
             None => make_backend(&options.config, options.pods_outlive).await?,

@@ -14,11 +14,12 @@ use std::process::Command;
 use harness::{bin_dir, skip_if};
 
 /// Everything below DESTDIR, with its mode; the manual has a page per command besides.
-const INSTALLED: [(&str, u32); 20] = [
+const INSTALLED: [(&str, u32); 21] = [
     ("opt/k/bin/containerd-shim-kuasar-vmm-v1", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-vmm-v2", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-wasm-v1", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-wasm-v2", 0o755),
+    ("opt/k/bin/kuasar-vmm-supervisor", 0o755),
     ("opt/k/bin/kuasar-ctl", 0o755),
     ("opt/k/bin/vmm-sandboxer", 0o755),
     ("opt/k/bin/wasm-sandboxer", 0o755),

@@ -70,8 +70,8 @@ pub fn program(name: &str) -> Command {
 pub fn external_backend() -> Option<String> {
     match std::env::var("BACKEND").ok().as_deref() {
         None | Some("" | "in-process") => None,
-        Some(name @ "qemu") => Some(name.to_owned()),
-        Some(other) => panic!("BACKEND={other}: use in-process or qemu"),
+        Some(name @ ("qemu" | "cloud-hypervisor")) => Some(name.to_owned()),
+        Some(other) => panic!("BACKEND={other}: use in-process, qemu or cloud-hypervisor"),
     }
 }
 
