@@ -43,6 +43,10 @@ pub(super) fn launch(
     args.add("display", "none");
     args.add("machine", machine(config));
     args.add("accel", accelerator(engine));
+    if config.machine == MachineType::Microvm {
+        // Its virtio devices are those of the first virtio otherwise, which ours are not.
+        args.add("global", "virtio-mmio.force-legacy=false");
+    }
     args.add("cpu", cpu(config, engine));
     size(&mut args, config, spec);
     if config.seccomp {

@@ -75,6 +75,52 @@ fn vmm_of(world: &World, name: &str) -> i32 {
 }
 
 #[test]
+fn a_vmm_that_dies_or_hangs_takes_only_its_pod() {
+    skip_if!(qemu_missing());
+    let world = world("[timeouts]\nstop = \"1s\"\nslow_host_factor = 1\n");
+    let killed = counter(&world, "killed");
+    let hung = counter(&world, "hung");
+    reaches(&killed, 1);
+    reaches(&hung, 1);
+
+    // Standing still, and going on.
+    world.ctl.run(["pause", "hung"]).expect_code(0);
+    let paused_at = count(&hung);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(count(&hung), paused_at);
+    world.ctl.run(["resume", "hung"]).expect_code(0);
+    reaches(&hung, paused_at + 2);
+    // What the backend cannot do is said.
+    let to = world.scratch().join("snapshot");
+    let snapshot = world
+        .ctl
+        .run(["snapshot", "--to", to.to_str().unwrap(), "hung"]);
+    snapshot.expect_code(125);
+    assert!(
+        snapshot.stderr.contains("qemu cannot write a VM to disk"),
+        "{snapshot:?}"
+    );
+
+    let signal = |name, signal| kill(Pid::from_raw(vmm_of(&world, name)), signal).unwrap();
+    signal("killed", Signal::SIGKILL);
+    let reason = eventually("the end of the pod", SLOW, || {
+        let status = inspect(&world, "killed")["status"].clone();
+        let ended = status["processStatus"] == "not ready";
+        ended.then(|| status["reason"].as_str().unwrap_or_default().to_owned())
+    });
+    assert!(reason.contains("killed by signal 9"), "{reason}");
+
+    // The other one has not noticed; hung, it can be removed all the same.
+    reaches(&hung, count(&hung) + 2);
+    let vmm = vmm_of(&world, "hung");
+    signal("hung", Signal::SIGSTOP);
+    world.ctl.run(["rm", "--force", "hung"]).expect_code(0);
+    assert!(!Path::new(&format!("/proc/{vmm}")).exists());
+    world.ctl.run(["rm", "--force", "killed"]).expect_code(0);
+    world.assert_nothing_left();
+}
+
+#[test]
 fn pods_outlive_their_daemon() {
     skip_if!(qemu_missing());
     let mut world = world("");
