@@ -42,7 +42,7 @@ setup: ## Install what is missing (apt, when root)
 
 .PHONY: build
 build: ## Build the daemon, the CLI and the agent
-	$(STEP) "build the daemon and the CLI" -- $(CARGO) build --profile $(PROFILE) -p sandboxer
+	$(STEP) "build the daemon and the CLI" -- $(CARGO) build --profile $(PROFILE) -p sandboxer -p external-hv
 	@$(MAKE) --no-print-directory agent
 
 # One process per pod: built for size, whatever the profile of the rest.
@@ -86,6 +86,17 @@ bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes 
 	$(STEP) "install QEMU, to compare with" -- scripts/setup qemu-system-x86
 	$(STEP) "build the VMM's example" -- $(CARGO) build --release -p vmm-core --example boot
 	$(STEP) "boot benchmark" -- $(CARGO) run --release -p bench --bin bench-boot
+
+.PHONY: bench-hv
+bench-hv: build guest ## The same work on each backend that is here; writes target/bench/hv.json
+	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86
+	$(STEP) "hypervisor benchmark" -- $(CARGO) run --release -p bench --bin bench-hv
+
+.PHONY: test-external
+test-external: agent ## The end-to-end tests in VMs of HV (qemu, cloud-hypervisor)
+	$(STEP) "build the CLI and the daemon" -- $(CARGO) build --workspace --bins
+	$(MAKE) --no-print-directory guest PROFILE=debug
+	$(STEP) "end-to-end tests" -- env BACKEND=$(or $(HV),qemu) $(CARGO) test -p e2e -- --test-threads=1 --nocapture
 
 .PHONY: install
 install: setup build shim guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual
