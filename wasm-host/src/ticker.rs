@@ -36,11 +36,13 @@ impl Ticker {
     pub(crate) fn start(engine: &Engine) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let engine = engine.weak();
+        let (running, runs) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("wasm-epoch".to_owned())
             .spawn({
                 let shared = Arc::clone(&shared);
                 move || {
+                    let _ = running.send(());
                     let mut idle = 0;
                     while !shared.stop.load(Ordering::Acquire) {
                         std::thread::sleep(TICK);
@@ -60,6 +62,8 @@ impl Ticker {
                 }
             })
             .map_err(WasmError::io("starting the epoch thread"))?;
+        // From here on it is seen under its name.
+        let _ = runs.recv();
         Ok(Self {
             shared,
             thread: Some(thread),
