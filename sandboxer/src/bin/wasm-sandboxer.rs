@@ -58,6 +58,7 @@ fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
         listen: args.listen,
         dir: args.dir,
         config,
+        pods_outlive: false,
         backend: Some(Arc::new(backend)),
     })
 }

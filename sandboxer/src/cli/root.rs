@@ -79,7 +79,7 @@ impl Root {
     pub(super) fn defaults(&self) -> ImageDefaults {
         let image = match self {
             Self::Image(image) => image,
-            Self::Folder(_) => return ImageDefaults::default(),
+            Self::Folder(_) | Self::Disk(..) => return ImageDefaults::default(),
             Self::Program(path) => {
                 return ImageDefaults {
                     entrypoint: vec![in_container(path)],

@@ -237,13 +237,9 @@ impl Pod {
             linux.map_or("", |linux| linux.cgroup_parent.as_str()),
         )
         .write(&dir)?;
-        let events = request
-            .events
-            .as_deref()
-            .map_or_else(|| environment.events.clone(), EventSink::to_containerd);
         Ok(Self {
+            events: events_of(&request, &environment),
             request,
-            events,
             environment,
             created_at,
             dir,
@@ -381,6 +377,12 @@ impl Pod {
             },
         }
     }
+}
+
+/// Who is told of a pod's containers: who asked for the pod, else who the configuration names.
+fn events_of(request: &PodRequest, environment: &PodEnvironment) -> EventSink {
+    let own = request.events.as_deref();
+    own.map_or_else(|| environment.events.clone(), EventSink::to_containerd)
 }
 
 /// Nanoseconds since the epoch.

@@ -17,8 +17,8 @@ use vmm_core::vm::Vm;
 use super::record::{self, Record};
 use super::storage::{ContainerStorage, Share};
 use super::{
-    Network, Phase, Pod, PodEnvironment, PodError, PodFiles, PodFolder, PodNetwork, Result, SavedPod,
-    lock,
+    Network, Phase, Pod, PodEnvironment, PodError, PodFiles, PodFolder, PodNetwork, Result,
+    SavedPod, lock,
 };
 use crate::agent::AgentEvent;
 use crate::backend::MachineRequest;
@@ -115,6 +115,7 @@ impl Pod {
         )
         .write(&dir)?;
         let pod_with = Self {
+            events: super::events_of(&request, &environment),
             created_at: UNIX_EPOCH + Duration::from_nanos(record.created_at_ns),
             files: PodFiles::written(),
             phase: tokio::sync::watch::Sender::new(Phase::Starting),

@@ -42,6 +42,8 @@ async fn build(backend: &dyn SandboxBackend, dir: &TempDir) -> Arc<dyn Vm> {
         memory_bytes: MEMORY,
         share,
         dir: dir.path().to_owned(),
+        disks: Vec::new(),
+        netns: None,
     };
     backend.build(request).await.unwrap()
 }
@@ -102,7 +104,11 @@ async fn conforms(backend: &dyn SandboxBackend, kind: Backend) {
     if !kind.can(Capability::Snapshot) {
         let to = dir.path().join("snapshot");
         std::fs::create_dir(&to).unwrap();
-        check(kind, Capability::Snapshot, &vm.snapshot(&to, "x").await);
+        check(
+            kind,
+            Capability::Snapshot,
+            &vm.snapshot(&to, "x", None).await,
+        );
     }
 
     // The end: once, idempotent, and nothing works any more.

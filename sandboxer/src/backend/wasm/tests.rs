@@ -133,6 +133,7 @@ impl Daemon {
             listen: root.path().join("s.sock"),
             dir: root.path().join("pods"),
             config: Config::default(),
+            pods_outlive: false,
             backend: Some(Arc::new(WasmBackend::new(settings).unwrap())),
         })
         .await

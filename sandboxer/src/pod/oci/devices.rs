@@ -172,6 +172,9 @@ mod tests {
         let guest = Guest {
             container: "c",
             files: &[],
+            pod_pid: 77,
+            pids: &[],
+            privileged: false,
         };
         let spec = |rule: Value| {
             json!({"linux": {

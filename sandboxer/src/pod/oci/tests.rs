@@ -248,7 +248,7 @@ fn a_volume_on_shared_memory_is_a_volume() {
                     "options": ["rbind"]}],
         "linux": {"namespaces": [{"type": "ipc", "path": "/proc/77/ns/ipc"}]},
     });
-    assert_eq!(rewrite(&mut spec, &guest(&[])).unwrap().len(), 1);
+    assert_eq!(rewrite(&mut spec, &guest(&[])).unwrap().binds.len(), 1);
     // Without the pod's IPC namespace its shared memory is not the container's.
     let mut spec = json!({"mounts": [{"destination": "/dev/shm", "type": "tmpfs"}]});
     rewrite(&mut spec, &guest(&[])).unwrap();

@@ -72,8 +72,8 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
   runtime_type = "io.containerd.{handler}.{version}"
   sandboxer = "{name}"
   io_type = "{io_type}"
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}-streaming]
-  runtime_type = "io.containerd.{HANDLER}.{version}"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}-streaming]
+  runtime_type = "io.containerd.{handler}.{version}"
   sandboxer = "{name}"
   io_type = "streaming"
 "#,
