@@ -1,16 +1,19 @@
 //! The one place where threads of a machine are born.
 //!
-//! Each has a name, an unwind guard and an exit notice: a panic ends its machine, with
-//! the thread's name and the message in the reason, and nothing else.
+//! Each has a name, an unwind guard, a filter of system calls and an exit notice: a panic ends its
+//! machine, with the thread's name and the message in the reason, and nothing else.
 
 use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use devices::event_loop::Threads;
+use devices::virtio::EventHandler;
 
 use crate::exit::ExitNotice;
+use crate::seccomp::{Violations, Watcher};
 use crate::vm::ExitReason;
 
 /// Bytes of a thread's name that the kernel shows.
@@ -21,14 +24,24 @@ const NAME_BYTES: usize = 15;
 pub(crate) struct VmThreads {
     machine: String,
     exit: ExitNotice,
+    violations: Arc<Violations>,
 }
 
 impl VmThreads {
-    pub(crate) fn new(machine: &str, exit: ExitNotice) -> Self {
-        Self {
+    pub(crate) fn new(machine: &str, exit: ExitNotice) -> io::Result<Self> {
+        Ok(Self {
             machine: machine.to_owned(),
             exit,
-        }
+            violations: Violations::new()?,
+        })
+    }
+
+    /// Ends the machine when one of its threads makes a forbidden system call.
+    pub(crate) fn watcher(&self) -> Box<dyn EventHandler> {
+        Box::new(Watcher {
+            violations: Arc::clone(&self.violations),
+            exit: self.exit.clone(),
+        })
     }
 
     /// Name of the machine.
@@ -51,10 +64,16 @@ impl VmThreads {
         let exit = self.exit.clone();
         let label = name.clone();
         let machine = self.machine.clone();
+        let violations = Arc::clone(&self.violations);
         let handle = thread::Builder::new().name(name).spawn(move || {
             // The closure owns everything it uses, and none of it is seen again after a
             // panic: no broken invariant can be observed.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            let confined = || violations.confine(work);
+            let ended = catch_unwind(AssertUnwindSafe(confined));
+            if let Ok(Err(err)) = &ended {
+                exit.report(ExitReason::Device(format!("cannot confine {label}: {err}")));
+            }
+            if let Err(panic) = ended {
                 let message = panic_message(&*panic);
                 tracing::error!(pod = machine, thread = label, message, "thread panicked");
                 exit.report(ExitReason::Panic {
@@ -131,7 +150,7 @@ mod tests {
     #[test]
     fn a_panic_becomes_the_exit_reason() {
         let exit = ExitNotice::new();
-        let threads = VmThreads::new("pod", exit.clone());
+        let threads = VmThreads::new("pod", exit.clone()).unwrap();
         drop(
             threads
                 .start("dev", || panic!("as the test wants"))
@@ -157,7 +176,7 @@ mod tests {
 
     #[test]
     fn names_are_cut_to_what_the_kernel_shows() {
-        let threads = VmThreads::new("a-rather-long-name", ExitNotice::new());
+        let threads = VmThreads::new("a-rather-long-name", ExitNotice::new()).unwrap();
         assert_eq!(threads.name("vcpu12"), "vcpu12-a-rather");
     }
 }

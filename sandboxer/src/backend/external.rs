@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use devices::virtio::fs::CachePolicy;
 use external_hv::cloud_hypervisor::CloudHypervisor;
 use external_hv::qemu::Qemu;
 use external_hv::{ExternalVm, MachineSpec, hypervisor, supervisor};

@@ -29,7 +29,8 @@ impl Machine {
         let bytes = size.total_bytes();
         let ram = GuestRam::new(&config.name, size)
             .map_err(|source| BuildError::Memory { bytes, source })?;
-        let threads = VmThreads::new(&config.name, ExitNotice::new());
+        let threads = VmThreads::new(&config.name, ExitNotice::new())
+            .map_err(BuildError::thread("system call filter"))?;
         let frame = Frame::new(threads, &config.console, shell, ram, config.devices, phases)?;
         let platform = Platform {
             vcpus: u8::try_from(config.vcpus).unwrap_or(u8::MAX),

@@ -112,4 +112,8 @@ impl BuildError {
             source: err.into(),
         }
     }
+
+    pub(super) fn thread(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Thread { what, source }
+    }
 }

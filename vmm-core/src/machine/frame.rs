@@ -60,12 +60,12 @@ impl Frame {
             .map_memory(ram.clone())
             .map_err(BuildError::kvm("map guest memory"))?;
         phases.mark_first(Phases::MEMORY_MAPPED);
-        let event_loop = EventLoop::start("dev", Arc::new(threads.clone())).map_err(|source| {
-            BuildError::Thread {
-                what: "event loop",
-                source,
-            }
-        })?;
+        let event_loop = EventLoop::start("dev", Arc::new(threads.clone()))
+            .map_err(BuildError::thread("event loop"))?;
+        event_loop
+            .runner()
+            .post(threads.watcher())
+            .map_err(BuildError::thread("event loop"))?;
         let mut buses = Buses::default();
         let legacy =
             wiring::legacy(&shell.vm, &console, &exit, &mut buses.pio).map_err(|source| {
@@ -135,7 +135,8 @@ impl Frame {
             vm,
             run_bytes,
         } = self.shell;
-        let group = VcpuGroup::new(vcpus.iter(), run_bytes, state).map_err(thread_error)?;
+        let group = VcpuGroup::new(vcpus.iter(), run_bytes, state)
+            .map_err(BuildError::thread("vCPU threads"))?;
         self.exit.stops(&group);
         self.phases.counts(&group);
         let buses = Arc::new(self.buses);
@@ -164,7 +165,7 @@ impl Frame {
         };
         live.vcpus
             .spawn(members, &self.threads)
-            .map_err(thread_error)?;
+            .map_err(BuildError::thread("vCPU threads"))?;
         self.phases.mark_first(Phases::VM_BUILT);
         let memory_bytes = self.ram.bytes();
         let name = self.threads.machine().to_owned();
@@ -189,13 +190,6 @@ impl Frame {
             final_exits: Mutex::new(ExitCounts::new()),
             torn_down: watch::Sender::new(false),
         })
-    }
-}
-
-fn thread_error(source: std::io::Error) -> BuildError {
-    BuildError::Thread {
-        what: "vCPU threads",
-        source,
     }
 }
 

@@ -77,7 +77,8 @@ impl Machine {
         phases.mark_first(Phases::VM_CREATED);
         let bytes = snapshot.memory_bytes();
         let no_memory = |source| BuildError::Memory { bytes, source };
-        let threads = VmThreads::new(&config.name, ExitNotice::new());
+        let threads = VmThreads::new(&config.name, ExitNotice::new())
+            .map_err(BuildError::thread("system call filter"))?;
         let ram = snapshot.memory().clone_memory(&threads);
         let ram = ram.map_err(no_memory)?;
         let names = config.devices.names();

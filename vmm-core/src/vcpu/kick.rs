@@ -2,8 +2,8 @@
 //!
 //! Two steps that together cannot be missed: the flag `immediate_exit` in the vCPU's
 //! `kvm_run` page makes the next `KVM_RUN` return at once, and a signal ends the one in
-//! progress. The signal's handler does nothing, it only has to exist; it is the one thing
-//! that this crate installs process-wide, and it is installed once.
+//! progress. The signal's handler does nothing, it only has to exist; with that of SIGSYS it is
+//! all that this crate installs process-wide, once.
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -135,7 +135,7 @@ impl PodNetwork {
         for index in connected {
             // One that is gone is noticed when the namespace is followed.
             let interface = found.cards.iter().find(|card| card.index == *index);
-            let card = interface.cloned().unwrap_or(Card {
+            let card = interface.cloned().unwrap_or_else(|| Card {
                 index: *index,
                 interface: rpc::Interface::default(),
             });

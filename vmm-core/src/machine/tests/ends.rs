@@ -9,6 +9,7 @@ use devices::virtio::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::DeviceSet;
 
 #[test]
 fn a_guest_prints_and_resets_itself() {
@@ -254,4 +255,55 @@ fn queue_notifications_do_not_exit_to_this_process() {
         assert_eq!(run(&machine).await, ExitReason::GuestReset);
     });
     assert_eq!(machine.stats().exits["mmio"], 0);
+}
+
+/// A device that a guest has talked into what it must not do.
+#[derive(Debug)]
+struct Captured;
+
+impl VirtioDevice for Captured {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Rng
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _: u64, _: &mut [u8]) {
+        // On the vCPU's thread.
+        assert_eq!(nix::unistd::chroot("/"), Err(nix::errno::Errno::EPERM));
+    }
+
+    fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}
+
+#[test]
+fn a_forbidden_system_call_ends_its_machine_only() {
+    let Some(host) = host() else { return };
+    let other = machine(&host, "other", &Code::new().spin());
+    let code = Code::new().map_devices().load(0x100).spin();
+    let captured = machine_with(&host, "captured", &code, |mut config| {
+        config.devices = DeviceSet::new().with_device("captured", Box::new(Captured));
+        config
+    });
+    runtime().block_on(async {
+        other.start().await.unwrap();
+        let reason = run(&captured).await;
+        let call = format!("system call {}", libc::SYS_chroot);
+        assert!(
+            matches!(&reason, ExitReason::Device(what) if what.contains(&call)),
+            "{reason:?}"
+        );
+        assert_eq!(*other.exited().borrow(), None);
+        other.stop(PATIENCE).await.unwrap();
+    });
 }

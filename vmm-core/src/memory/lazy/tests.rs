@@ -37,7 +37,7 @@ fn ram() -> (GuestRam, ExitNotice, File) {
     let (file, list) = file();
     let stored = StoredMemory::new(file.try_clone().unwrap(), size(), list, None).unwrap();
     let exit = ExitNotice::new();
-    let threads = VmThreads::new("lazy", exit.clone());
+    let threads = VmThreads::new("lazy", exit.clone()).unwrap();
     let ram = MemoryImage::open(stored).clone_memory(&threads).unwrap();
     (ram, exit, file)
 }
