@@ -6,53 +6,69 @@ use std::path::Path;
 
 use agent_api::rpc::DiskReply;
 use serde_json::{Map, Value, json};
-use tracing::warn;
 
 use super::super::disks::plan::{self, DiskUse, WantedDisk};
 use super::Guest;
+use crate::pod::error::{PodError, Result};
 
 /// Permissions of a device that comes as a mount.
 const MODE: u32 = 0o660;
+
+/// Devices that every container has anyway.
+const COMMON_DEVICES: [&str; 9] = [
+    "/dev/console",
+    "/dev/full",
+    "/dev/null",
+    "/dev/ptmx",
+    "/dev/pts/ptmx",
+    "/dev/random",
+    "/dev/tty",
+    "/dev/urandom",
+    "/dev/zero",
+];
 
 /// Keeps the block devices that the container was given, and returns the disks for them.
 ///
 /// A container that may use all devices has all of the host's in its spec: those are not meant
 /// for a guest. What is meant has a rule of its own.
-pub(super) fn rewrite(linux: &mut Map<String, Value>, guest: &Guest<'_>) -> Vec<WantedDisk> {
+///
+/// # Errors
+/// A device that is meant cannot be had in a guest.
+pub(super) fn rewrite(
+    linux: &mut Map<String, Value>,
+    guest: &Guest<'_>,
+) -> Result<Vec<WantedDisk>> {
     let rules = rules(linux);
-    let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) else {
-        linux.remove("devices");
-        return Vec::new();
+    let Some(Value::Array(devices)) = linux.remove("devices") else {
+        return Ok(Vec::new());
     };
     let mut disks = Vec::new();
-    let mut ignored = Vec::new();
-    devices.retain(|device| {
+    let mut kept = Vec::new();
+    for device in devices {
         let path = device.get("path").and_then(Value::as_str).unwrap_or("");
-        let number = block_number(device);
+        let number = block_number(&device);
         let rule = number.and_then(|number| rules.iter().find(|rule| rule.number == number));
         let node = number.and_then(plan::block_node);
-        let (Some(rule), Some(source)) = (rule, node) else {
-            ignored.push(path.to_owned());
-            return false;
-        };
-        disks.push(WantedDisk {
-            source,
-            read_only: !rule.write,
-            usage: DiskUse::Device(path.to_owned()),
-        });
-        true
-    });
-    if devices.is_empty() {
-        linux.remove("devices");
+        if let (Some(rule), Some(source)) = (rule, node) {
+            disks.push(WantedDisk {
+                source,
+                read_only: !rule.write,
+                usage: DiskUse::Device(path.to_owned()),
+            });
+            kept.push(device);
+        } else if !guest.privileged && !COMMON_DEVICES.contains(&path) {
+            return Err(PodError::invalid(
+                "linux.devices",
+                path,
+                "is not a block device of this host with a rule of its own, and no other can be \
+                 used in a guest: remove it, or use a runtime class without VM for this pod",
+            ));
+        }
     }
-    if !ignored.is_empty() {
-        warn!(
-            container = guest.container,
-            "devices of the host are ignored: {}",
-            ignored.join(" ")
-        );
+    if !kept.is_empty() {
+        linux.insert("devices".to_owned(), Value::Array(kept));
     }
-    disks
+    Ok(disks)
 }
 
 /// A rule that allows one block device.
@@ -169,19 +185,18 @@ mod tests {
             return println!("skipped: no block device has a node here");
         };
         let device = |path: &str, kind: &str, major: u64, minor: u64| json!({"path": path, "type": kind, "major": major, "minor": minor});
-        let guest = Guest {
+        let guest = |privileged| Guest {
             container: "c",
             files: &[],
             pod_pid: 77,
             pids: &[],
-            privileged: false,
+            privileged,
         };
         let spec = |rule: Value| {
             json!({"linux": {
                 "devices": [
-                    device("/dev/fuse", "c", 10, 229),
+                    device("/dev/null", "c", 1, 3),
                     device("/dev/data", "b", major, minor),
-                    device("/dev/gone", "b", 4000, 1),
                 ],
                 "resources": {"devices": [
                     {"allow": false, "access": "rwm"},
@@ -195,7 +210,7 @@ mod tests {
         });
         let mut given = spec(rule);
         let linux = given["linux"].as_object_mut().unwrap();
-        let disks = rewrite(linux, &guest);
+        let disks = rewrite(linux, &guest(false)).unwrap();
         let expected = WantedDisk {
             source: node,
             read_only: true,
@@ -220,7 +235,8 @@ mod tests {
         // A privileged container: all devices, none of them meant.
         let mut all = spec(json!({"allow": true, "access": "rwm"}));
         let linux = all["linux"].as_object_mut().unwrap();
-        assert_eq!(rewrite(linux, &guest), []);
-        assert!(!linux.contains_key("devices"));
+        assert_eq!(rewrite(&mut linux.clone(), &guest(true)).unwrap(), []);
+        let error = rewrite(linux, &guest(false)).unwrap_err().to_string();
+        assert!(error.contains("/dev/data"), "{error}");
     }
 }

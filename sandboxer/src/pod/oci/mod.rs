@@ -70,7 +70,7 @@ pub(crate) fn rewrite(spec: &mut Value, guest: &Guest<'_>) -> Result<Needs> {
     let shares_memory = joins_ipc(object);
     let mut needs = Needs::default();
     if let Some(linux) = object.get_mut("linux").and_then(Value::as_object_mut) {
-        needs.disks = devices::rewrite(linux, guest);
+        needs.disks = devices::rewrite(linux, guest)?;
     }
     let joins_uts = clean_linux(object, guest)?;
     if joins_uts {
@@ -153,9 +153,6 @@ fn clean_linux(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<bool>
     let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else {
         return Ok(true);
     };
-    if !guest.privileged {
-        check_devices(linux.get("devices"))?;
-    }
     linux.insert(
         "cgroupsPath".to_owned(),
         Value::String(format!("/kuasar/{container}")),
@@ -175,34 +172,6 @@ fn clean_linux(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<bool>
         clean_resources(resources);
     }
     clean_namespaces(linux, guest)
-}
-
-/// Devices that every container has anyway.
-const COMMON_DEVICES: [&str; 9] = [
-    "/dev/console",
-    "/dev/full",
-    "/dev/null",
-    "/dev/ptmx",
-    "/dev/pts/ptmx",
-    "/dev/random",
-    "/dev/tty",
-    "/dev/urandom",
-    "/dev/zero",
-];
-
-fn check_devices(devices: Option<&Value>) -> Result<()> {
-    let devices = devices.and_then(Value::as_array).into_iter().flatten();
-    for path in devices.filter_map(|device| device.get("path")?.as_str()) {
-        if !COMMON_DEVICES.contains(&path) {
-            return Err(PodError::invalid(
-                "linux.devices",
-                path,
-                "is a device of the host, which a guest cannot use: remove it, or use a runtime \
-                 class without VM for this pod",
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// Takes limits that name hardware of the host out of OCI `LinuxResources`.
