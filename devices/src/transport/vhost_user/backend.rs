@@ -20,10 +20,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::Calls;
 use super::memory::{MAX_REGIONS, MemoryError, MemoryTable};
 use super::ring::Ring;
-use crate::virtio::{Activation, Interrupt, Runner, VirtioDevice};
+use crate::virtio::{Activation, DeviceType, Interrupt, Runner, VirtioDevice};
 
 /// Bit 30 of the features: this protocol's own, not the driver's.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// QEMU's virtio-mmio lets drivers have rings of this size, whatever the device offers.
+const VMM_RING_SIZE: u16 = 1024;
 /// Most bytes of configuration space read or written by one message (the protocol's limit).
 const MAX_CONFIG_BYTES: u32 = 256;
 
@@ -53,12 +55,13 @@ impl Backend {
         driven: usize,
         runner: Arc<dyn Runner>,
     ) -> Self {
-        let rings: Vec<Ring> = device
-            .queue_sizes()
-            .iter()
-            .copied()
-            .map(Ring::new)
-            .collect();
+        let least = match device.device_type() {
+            // It has as many requests in flight as its queues have entries.
+            DeviceType::Block => 0,
+            _ => VMM_RING_SIZE,
+        };
+        let sizes = device.queue_sizes().iter();
+        let rings: Vec<Ring> = sizes.map(|size| Ring::new(*size.max(&least))).collect();
         Self {
             calls: Arc::new(Calls::new(device.device_type().name(), rings.len())),
             driven: driven.clamp(1, rings.len().max(1)),

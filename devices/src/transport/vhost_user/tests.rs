@@ -393,7 +393,7 @@ fn what_was_not_offered_is_refused() {
     assert!(served.vmm().frontend.set_features(1 << 5).is_err());
     assert!(served.vmm().frontend.set_vring_num(9, 16).is_err());
     assert!(served.vmm().frontend.set_vring_num(0, 3).is_err());
-    assert!(served.vmm().frontend.set_vring_num(0, 1024).is_err());
+    assert!(served.vmm().frontend.set_vring_num(0, 2048).is_err());
     let (reader, _writer) = std::io::pipe().unwrap();
     // SAFETY: the fd is open, and the `EventFd` that borrows it is never dropped.
     let pipe = std::mem::ManuallyDrop::new(unsafe {
