@@ -94,10 +94,7 @@ impl Backend {
     pub fn can(self, what: Capability) -> bool {
         use Capability as C;
         match self {
-            Self::InProcess => matches!(
-                what,
-                C::Pause | C::Snapshot | C::Template | C::Network | C::NetworkHotplug
-            ),
+            Self::InProcess => !matches!(what, C::WithoutKvm | C::OutliveDaemon),
             // The share's state is in another process and cannot be written to disk.
             Self::Qemu => !matches!(what, C::Snapshot | C::Template),
             Self::QemuMicrovm => {

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use devices::virtio::fs::CachePolicy;
-use vmm_core::vm::VmError;
+use vmm_core::vm::{Disk, VmError, VmSize};
 
+use crate::capability::Backend;
 use crate::supervisor::Listen;
 
 /// The VM of a pod, for any hypervisor.
@@ -40,6 +41,12 @@ pub struct MachineSpec {
     pub console_cap_bytes: u64,
     /// Network cards that the VM can have.
     pub net_slots: u32,
+    /// Disks that it can have.
+    pub disk_slots: u32,
+    /// Whether free memory of the guest goes back to the host.
+    pub balloon: bool,
+    /// What its vCPUs and memory can grow to; at least those at boot.
+    pub most: VmSize,
     /// Longest wait for one answer of the VMM, or for its first.
     pub api_limit: Duration,
     /// Whether VMM and guest go on when the daemon ends.
@@ -112,19 +119,6 @@ pub(crate) fn card_address(slot: usize) -> String {
     format!("02:6b:75:61:00:{:02x}", slot & 0xff)
 }
 
-/// A file that the guest gets as a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskFile {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Whether the guest cannot write to it.
-    pub read_only: bool,
-    /// Bypass the host's page cache.
-    pub direct: bool,
-    /// What the guest reads as serial number.
-    pub serial: String,
-}
-
 /// How to start a VMM.
 #[derive(Debug)]
 pub struct Launch {
@@ -167,6 +161,9 @@ pub enum GuestEnd {
 /// Starts VMMs of one kind.
 #[async_trait]
 pub trait Hypervisor: Send + Sync + fmt::Debug {
+    /// What its VMs can do.
+    fn backend(&self) -> Backend;
+
     /// Name for errors and `kuasar-ctl`.
     fn name(&self) -> &'static str;
 
@@ -211,13 +208,16 @@ pub trait Control: Send + Sync + fmt::Debug {
     async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError>;
 
     /// Plugs in a disk.
-    async fn attach_disk(&self, slot: usize, disk: DiskFile) -> Result<(), VmError>;
+    async fn attach_disk(&self, slot: usize, disk: Disk) -> Result<(), VmError>;
 
     /// Unplugs the disk of a slot.
     async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError>;
 
-    /// Plugs in vCPUs and memory up to these amounts; returns what the VM has then.
-    async fn resize(&self, vcpus: u32, memory_bytes: u64) -> Result<(u32, u64), VmError>;
+    /// Plugs in vCPUs and memory up to this size.
+    async fn resize(&self, size: VmSize) -> Result<(), VmError>;
+
+    /// What the VM has now.
+    async fn size(&self) -> Result<VmSize, VmError>;
 }
 
 /// Why a hypervisor does not do what it should.

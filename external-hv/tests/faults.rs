@@ -17,7 +17,7 @@ use devices::virtio::fs::CachePolicy;
 use external_hv::qemu::{Accel, Qemu, QemuConfig};
 use external_hv::{ExternalVm, MachineSpec};
 use tempfile::TempDir;
-use vmm_core::vm::{ExitReason, Vm, VmError};
+use vmm_core::vm::{ExitReason, Vm, VmError, VmSize};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -63,6 +63,12 @@ fn case(script: &str, api_limit: Duration) -> Case {
         share_cache: CachePolicy::Auto,
         console_cap_bytes: 64 << 10,
         net_slots: 1,
+        disk_slots: 1,
+        balloon: true,
+        most: VmSize {
+            vcpus: 1,
+            memory_bytes: 128 << 20,
+        },
         api_limit,
         outlives_daemon: false,
     };

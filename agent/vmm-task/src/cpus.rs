@@ -1,17 +1,35 @@
-//! CPUs that come and go: the host builds the machine with as many as it may ever have.
+//! CPUs that come and go: the host builds the machine with as many as it may ever have, or
+//! plugs them in.
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::AgentError;
+use crate::uevents;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 
 /// Brings CPUs online, or takes the last ones offline, until `count` run; returns how many
 /// do.
-pub fn set_online(count: u32) -> Result<u32, AgentError> {
-    set_online_in(Path::new(CPUS), count)
+///
+/// One that the host has just plugged in is waited for.
+pub async fn set_online(count: u32) -> Result<u32, AgentError> {
+    let folder = Path::new(CPUS);
+    let wanted = usize::try_from(count).unwrap_or(usize::MAX);
+    let last = list(folder, "possible")?
+        .get(wanted.saturating_sub(1))
+        .copied();
+    if let Some(last) = last {
+        // The first one has no such file on many machines.
+        let appeared = || (last == 0 || switch(folder, last).exists()).then_some(());
+        uevents::until("cpu", "the appearance of the CPU", appeared).await?;
+    }
+    set_online_in(folder, count)
+}
+
+fn switch(folder: &Path, cpu: u32) -> PathBuf {
+    folder.join(format!("cpu{cpu}/online"))
 }
 
 fn set_online_in(folder: &Path, count: u32) -> Result<u32, AgentError> {
@@ -28,7 +46,7 @@ fn set_online_in(folder: &Path, count: u32) -> Result<u32, AgentError> {
         if online.contains(cpu) == wanted {
             continue;
         }
-        let file = folder.join(format!("cpu{cpu}/online"));
+        let file = switch(folder, *cpu);
         let set = fs::write(&file, if wanted { "1" } else { "0" });
         set.map_err(AgentError::io(file.display().to_string()))?;
     }

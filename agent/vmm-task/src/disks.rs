@@ -1,37 +1,20 @@
 //! Disks that the host plugs into the running machine.
 //!
 //! A disk in a virtio-mmio slot is there once the driver is bound to the slot, which is done
-//! when the bind returns. A disk of another bus announces itself: the kernel's events are
-//! subscribed to before the disks that are there are looked at, so none is missed.
+//! when the bind returns. A disk of another bus announces itself.
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
 use agent_api::rpc::{Disk, DiskReply};
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
-};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use crate::error::AgentError;
-use crate::sys;
+use crate::uevents;
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
 const DISKS: &str = "/sys/block";
-
-/// The kernel's own events; 2 would be those that udev passes on.
-const KERNEL_EVENTS: u32 = 1;
-/// No event is longer (`UEVENT_BUFFER_SIZE` and its path).
-const EVENT_BYTES: usize = 8192;
-/// For a bus to find a disk that the host has plugged in.
-const APPEARANCE: Duration = Duration::from_secs(30);
 
 /// Finds a disk and says what its device is.
 pub async fn attach(disk: &Disk) -> Result<DiskReply, AgentError> {
@@ -129,21 +112,7 @@ async fn wait_for(serial: &str) -> Result<PathBuf, AgentError> {
     if serial.is_empty() {
         return Err(AgentError::invalid("serial", "is empty"));
     }
-    let events = Events::subscribe().map_err(AgentError::io("listening for disks"))?;
-    let search = async {
-        loop {
-            if let Some(folder) = find(serial) {
-                return Ok(folder);
-            }
-            events
-                .disk_event()
-                .await
-                .map_err(AgentError::io("listening for disks"))?;
-        }
-    };
-    tokio::time::timeout(APPEARANCE, search)
-        .await
-        .unwrap_or(Err(AgentError::Deadline("the appearance of the disk")))
+    uevents::until("block", "the appearance of the disk", || find(serial)).await
 }
 
 fn find(serial: &str) -> Option<PathBuf> {
@@ -157,59 +126,9 @@ fn find(serial: &str) -> Option<PathBuf> {
         })
 }
 
-/// The kernel's device events (netlink, `NETLINK_KOBJECT_UEVENT`).
-struct Events(AsyncFd<Arc<std::os::fd::OwnedFd>>);
-
-impl Events {
-    fn subscribe() -> io::Result<Self> {
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Datagram,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            SockProtocol::NetlinkKObjectUEvent,
-        )?;
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_EVENTS))?;
-        Ok(Self(sys::polled(Arc::new(socket), Interest::READABLE)?))
-    }
-
-    /// Waits for an event of a disk, or for the loss of events. Cancel safe.
-    async fn disk_event(&self) -> io::Result<()> {
-        let mut event = [0; EVENT_BYTES];
-        loop {
-            let mut ready = self.0.readable().await?;
-            let received = recv(ready.get_inner().as_raw_fd(), &mut event, MsgFlags::empty());
-            match received {
-                Ok(bytes) if is_of_disk(event.get(..bytes).unwrap_or_default()) => return Ok(()),
-                // More came than the socket holds.
-                Err(Errno::ENOBUFS) => return Ok(()),
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(e) => return Err(e.into()),
-            }
-        }
-    }
-}
-
-/// `add@/devices/.../block/vda`, then `NAME=value`, each ended by a zero byte.
-fn is_of_disk(event: &[u8]) -> bool {
-    let mut parts = event.split(|byte| *byte == 0);
-    let action = parts.next().unwrap_or_default();
-    !action.starts_with(b"remove@") && parts.any(|part| part == b"SUBSYSTEM=block")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn events_of_disks_are_told_from_others() {
-        let add = b"add@/devices/virtio0/block/vda\0ACTION=add\0SUBSYSTEM=block\0";
-        assert!(is_of_disk(add));
-        let gone = b"remove@/devices/virtio0/block/vda\0SUBSYSTEM=block\0";
-        assert!(!is_of_disk(gone));
-        assert!(!is_of_disk(b"add@/devices/eth0\0SUBSYSTEM=net\0"));
-        assert!(!is_of_disk(b""));
-    }
 
     #[test]
     fn a_disk_is_described_by_its_folder() {

@@ -34,6 +34,7 @@ mod service;
 mod stdio;
 mod streams;
 mod sys;
+mod uevents;
 
 use std::fs;
 use std::io;

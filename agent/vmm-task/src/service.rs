@@ -121,7 +121,7 @@ impl AgentService for Service {
     async fn set_cpus(&self, _: &TtrpcContext, request: CpuCount) -> ttrpc::Result<CpuCount> {
         answer("SetCpus", async {
             Ok(CpuCount {
-                count: cpus::set_online(request.count)?,
+                count: cpus::set_online(request.count).await?,
                 ..Default::default()
             })
         })

@@ -16,17 +16,16 @@ pub(super) fn vm(
     spec: &MachineSpec,
 ) -> Value {
     let layout = Layout::new(&spec.dir);
-    let most = config.max_vcpus.max(spec.vcpus);
     let mut memory = json!({
         "size": spec.memory_bytes, "shared": true, "hugepages": config.hugepages,
         "prefault": config.prealloc,
     });
-    let hotplug = config.max_memory_bytes.saturating_sub(spec.memory_bytes);
+    let hotplug = spec.most.memory_bytes.saturating_sub(spec.memory_bytes);
     if hotplug > 0 {
         set(&mut memory, "hotplug_size", hotplug.into());
     }
     let mut vm = json!({
-        "cpus": { "boot_vcpus": spec.vcpus, "max_vcpus": most },
+        "cpus": { "boot_vcpus": spec.vcpus, "max_vcpus": spec.most.vcpus },
         "memory": memory,
         "rng": { "src": config.entropy_source },
         "fs": [{
@@ -38,6 +37,10 @@ pub(super) fn vm(
         "serial": { "mode": "Tty" },
         "console": { "mode": "Off" },
     });
+    if spec.balloon {
+        let balloon = json!({ "size": 0, "deflate_on_oom": true, "free_page_reporting": true });
+        set(&mut vm, "balloon", balloon);
+    }
     if let Some(image) = &config.image {
         let pmem = json!([{ "id": "rootfs", "file": image, "discard_writes": true }]);
         set(&mut vm, "pmem", pmem);

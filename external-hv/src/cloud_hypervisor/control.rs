@@ -4,13 +4,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::task::AbortHandle;
-use vmm_core::vm::VmError;
+use vmm_core::vm::{Disk, VmError, VmSize};
 
 use super::api::Api;
 use super::events::Events;
 use super::{NAME, events_file};
 use crate::hypervisor::{
-    Control, DiskFile, GuestEnd, HvError, Layout, MachineSpec, Nic, Started, card_address,
+    Control, GuestEnd, HvError, Layout, MachineSpec, Nic, Started, card_address,
 };
 
 /// A running Cloud Hypervisor.
@@ -123,7 +123,7 @@ impl Control for ChControl {
         self.remove(format!("nic{slot}")).await
     }
 
-    async fn attach_disk(&self, slot: usize, disk: DiskFile) -> Result<(), VmError> {
+    async fn attach_disk(&self, slot: usize, disk: Disk) -> Result<(), VmError> {
         let disk = json!({
             "id": format!("disk{slot}"), "path": disk.path, "readonly": disk.read_only,
             "direct": disk.direct, "serial": disk.serial,
@@ -136,14 +136,22 @@ impl Control for ChControl {
         self.remove(format!("disk{slot}")).await
     }
 
-    async fn resize(&self, vcpus: u32, memory_bytes: u64) -> Result<(u32, u64), VmError> {
-        let size = json!({ "desired_vcpus": vcpus, "desired_ram": memory_bytes });
+    async fn resize(&self, size: VmSize) -> Result<(), VmError> {
+        let size = json!({ "desired_vcpus": size.vcpus, "desired_ram": size.memory_bytes });
         self.api.put("vm.resize", size).await?;
+        Ok(())
+    }
+
+    async fn size(&self) -> Result<VmSize, VmError> {
         let info = self.api.get("vm.info").await?;
         let number = |path| info.pointer(path).and_then(Value::as_u64);
         let vcpus = number("/config/cpus/boot_vcpus").and_then(|n| u32::try_from(n).ok());
         let memory = number("/memory_actual_size").or_else(|| number("/config/memory/size"));
-        vcpus.zip(memory).ok_or_else(|| {
+        let size = vcpus.zip(memory).map(|(vcpus, memory_bytes)| VmSize {
+            vcpus,
+            memory_bytes,
+        });
+        size.ok_or_else(|| {
             VmError::from(HvError::Protocol {
                 vmm: NAME,
                 why: "vm.info does not tell the VM's size".to_owned(),

@@ -17,10 +17,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use vmm_core::Host;
 use vmm_core::vm::VmError;
 
 use self::control::ChControl;
+use crate::capability::Backend;
 use crate::hypervisor::{
     Control, HvError, Hypervisor, Launch, Layout, MachineSpec, Nic, Started, check_program,
 };
@@ -32,17 +34,12 @@ pub const NAME: &str = "cloud-hypervisor";
 /// The first release whose VMs have a `payload`, and no `kernel`, `initramfs` and `cmdline`.
 const PAYLOAD_SINCE: u32 = 28;
 
-/// How Cloud Hypervisor is started.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// How Cloud Hypervisor is started: `[hypervisor.cloud-hypervisor]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ChConfig {
     /// The program.
     pub path: PathBuf,
-    /// The configuration key that names it, for errors.
-    pub path_key: String,
-    /// Most vCPUs after a resize; 0: those at boot.
-    pub max_vcpus: u32,
-    /// Most memory in bytes after a resize; 0: that at boot.
-    pub max_memory_bytes: u64,
     /// Guest memory in huge pages.
     pub hugepages: bool,
     /// Allocate all guest memory at start.
@@ -61,9 +58,6 @@ impl Default for ChConfig {
     fn default() -> Self {
         Self {
             path: PathBuf::from("/usr/local/bin/cloud-hypervisor"),
-            path_key: "hypervisor.cloud-hypervisor.path".to_owned(),
-            max_vcpus: 0,
-            max_memory_bytes: 0,
             hugepages: false,
             prealloc: false,
             image: None,
@@ -90,9 +84,9 @@ impl CloudHypervisor {
     /// # Errors
     /// It cannot be run, or there is no KVM.
     pub fn new(config: ChConfig, host: &Result<Host, String>) -> Result<Self, HvError> {
-        check_program(&config.path_key, &config.path)?;
+        check_program("hypervisor.cloud-hypervisor.path", &config.path)?;
         let wrong = |why: String| HvError::Program {
-            key: config.path_key.clone(),
+            key: "hypervisor.cloud-hypervisor.path".to_owned(),
             path: config.path.clone(),
             why,
         };
@@ -145,6 +139,10 @@ fn release(version: &str) -> Option<u32> {
 
 #[async_trait]
 impl Hypervisor for CloudHypervisor {
+    fn backend(&self) -> Backend {
+        Backend::CloudHypervisor
+    }
+
     fn name(&self) -> &'static str {
         NAME
     }

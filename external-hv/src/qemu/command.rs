@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use vmm_core::vm::VmError;
 
-use super::{Engine, MachineType, NAME, QemuConfig};
+use super::{Engine, MachineType, QemuConfig};
 use crate::hypervisor::{Launch, Layout, MachineSpec, Nic, card_address};
 use crate::supervisor::{FIRST_FREE_FD, Listen};
 
@@ -65,7 +65,7 @@ pub(super) fn launch(
     args.add("append", command_line(config, engine, spec));
     control(&mut args);
     let bus = Bus::of(config.machine);
-    root_ports(&mut args, config);
+    root_ports(&mut args, config, spec);
     devices(&mut args, config, bus, &layout, spec);
     let fds = cards(&mut args, bus, nics)?;
     Ok(Launch {
@@ -153,8 +153,8 @@ fn cpu(config: &QemuConfig, engine: &Engine) -> String {
 fn size(args: &mut Args, config: &QemuConfig, spec: &MachineSpec) {
     let bytes = spec.memory_bytes;
     let mut memory = format!("size={}k", bytes / 1024);
-    if config.max_memory_bytes > bytes {
-        let (slots, most) = (config.memory_slots, config.max_memory_bytes / 1024);
+    if spec.most.memory_bytes > bytes {
+        let (slots, most) = (config.memory_slots, spec.most.memory_bytes / 1024);
         memory.push_str(&format!(",slots={slots},maxmem={most}k"));
     }
     args.add("m", memory);
@@ -170,7 +170,7 @@ fn size(args: &mut Args, config: &QemuConfig, spec: &MachineSpec) {
         backing.push_str(",prealloc=on");
     }
     args.add("object", backing);
-    let most = config.max_vcpus.max(spec.vcpus);
+    let most = spec.most.vcpus;
     args.add("smp", format!("cpus={},maxcpus={most}", spec.vcpus));
 }
 
@@ -208,16 +208,21 @@ fn control(args: &mut Args) {
     args.add("serial", "chardev:console");
 }
 
-/// Places for devices that come later.
-fn root_ports(args: &mut Args, config: &QemuConfig) {
-    if matches!(config.machine, MachineType::Q35 | MachineType::Virt) {
-        for port in 0..config.hotplug_slots {
-            let chassis = port.saturating_add(1);
-            args.add(
-                "device",
-                format!("pcie-root-port,id=rp{port},chassis={chassis},slot={chassis}"),
-            );
-        }
+/// First device number of the root ports on their bus.
+const FIRST_ROOT_PORT: u32 = 0x10;
+
+/// Places for devices that come later, eight to a device number.
+fn root_ports(args: &mut Args, config: &QemuConfig, spec: &MachineSpec) {
+    for port in 0..super::root_ports(config.machine, spec) {
+        let (chassis, function) = (port.saturating_add(1), port % 8);
+        let device = FIRST_ROOT_PORT.saturating_add(port / 8);
+        args.add(
+            "device",
+            format!(
+                "pcie-root-port,id=rp{port},chassis={chassis},slot={chassis},\
+                 addr={device:#x}.{function},multifunction=on"
+            ),
+        );
     }
 }
 
@@ -232,6 +237,10 @@ fn devices(args: &mut Args, config: &QemuConfig, bus: Bus, layout: &Layout, spec
     let source = path(&config.entropy_source);
     args.add("object", format!("rng-random,id=rng0,filename={source}"));
     args.add("device", format!("{},rng=rng0", bus.device("virtio-rng")));
+    if spec.balloon {
+        let balloon = bus.device("virtio-balloon");
+        args.add("device", format!("{balloon},free-page-reporting=on"));
+    }
     if config.iothread {
         args.add("object", "iothread,id=io0");
     }
@@ -289,12 +298,4 @@ fn escape(text: &str) -> String {
 
 fn path(path: &Path) -> String {
     escape(&path.to_string_lossy())
-}
-
-/// For errors about what a board lacks.
-pub(super) fn unsupported(what: &'static str) -> VmError {
-    VmError::Unsupported {
-        what,
-        backend: NAME,
-    }
 }

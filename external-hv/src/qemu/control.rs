@@ -7,13 +7,10 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use vmm_core::vm::VmError;
+use vmm_core::vm::{Disk, VmError, VmSize};
 
-use super::command::unsupported;
-use super::{MachineType, NAME, QemuConfig};
-use crate::hypervisor::{
-    Control, DiskFile, GuestEnd, HvError, Layout, MachineSpec, Nic, card_address,
-};
+use super::{NAME, QemuConfig};
+use crate::hypervisor::{Control, GuestEnd, HvError, Layout, MachineSpec, Nic, card_address};
 use crate::qmp::Qmp;
 
 /// Memory is plugged in whole sections of the guest's kernel.
@@ -28,6 +25,8 @@ pub(super) struct QemuControl {
     threads: Mutex<Vec<i32>>,
     /// Root ports in use, by device.
     ports: Mutex<BTreeMap<u32, String>>,
+    /// How many there are.
+    root_ports: u32,
     memory_bytes: u64,
     /// One hotplug at a time.
     plugging: tokio::sync::Mutex<()>,
@@ -79,12 +78,13 @@ impl QemuControl {
         .await?;
         let control = Self {
             qmp,
-            config,
             events,
             threads: Mutex::default(),
             ports: Mutex::default(),
+            root_ports: super::root_ports(config.machine, spec),
             memory_bytes: spec.memory_bytes,
             plugging: tokio::sync::Mutex::default(),
+            config,
         };
         control.find_threads().await?;
         control.find_ports().await?;
@@ -101,7 +101,7 @@ impl QemuControl {
 
     /// Finds the root ports that are taken, also since an earlier daemon.
     async fn find_ports(&self) -> Result<(), HvError> {
-        if !self.has_ports() {
+        if self.root_ports == 0 {
             return Ok(());
         }
         let buses = self.qmp.execute("query-pci", json!({})).await?;
@@ -120,28 +120,18 @@ impl QemuControl {
         Ok(())
     }
 
-    fn has_ports(&self) -> bool {
-        matches!(self.config.machine, MachineType::Q35 | MachineType::Virt)
-    }
-
     /// Where `device` goes.
     fn take_bus(&self, device: &str) -> Result<String, VmError> {
-        if self.config.machine == MachineType::Microvm {
-            return Err(unsupported("plug devices into a microvm"));
-        }
-        if !self.has_ports() {
+        if self.root_ports == 0 {
             return Ok("pci.0".to_owned());
         }
         let mut ports = lock(&self.ports);
-        let free = (0..self.config.hotplug_slots).find(|port| !ports.contains_key(port));
+        let free = (0..self.root_ports).find(|port| !ports.contains_key(port));
         let port = free.ok_or_else(|| {
             VmError::from(HvError::Refused {
                 vmm: NAME,
                 request: format!("a place for {device}"),
-                why: format!(
-                    "all {} are taken; set hypervisor.qemu.hotplug_slots",
-                    self.config.hotplug_slots
-                ),
+                why: format!("all {} root ports are taken", self.root_ports),
             })
         })?;
         ports.insert(port, device.to_owned());
@@ -322,7 +312,7 @@ impl Control for QemuControl {
         Ok(())
     }
 
-    async fn attach_disk(&self, slot: usize, disk: DiskFile) -> Result<(), VmError> {
+    async fn attach_disk(&self, slot: usize, disk: Disk) -> Result<(), VmError> {
         use std::os::unix::fs::FileTypeExt;
         let _plugging = self.plugging.lock().await;
         let failed = |source| VmError::Io {
@@ -357,7 +347,14 @@ impl Control for QemuControl {
             let gone = json!({ "node-name": node });
             let _ = self.qmp.execute("blockdev-del", gone).await;
         }
-        added
+        added.map_err(|error| match error {
+            // Locked by another VMM; QEMU names neither the file nor the reason.
+            VmError::Backend(refusal) if refusal.to_string().contains(" lock") => VmError::Io {
+                what: format!("{} is in use by another VM", disk.path.display()),
+                source: std::io::Error::other(refusal),
+            },
+            error => error,
+        })
     }
 
     async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
@@ -368,24 +365,28 @@ impl Control for QemuControl {
         Ok(())
     }
 
-    async fn resize(&self, vcpus: u32, memory_bytes: u64) -> Result<(u32, u64), VmError> {
+    async fn resize(&self, size: VmSize) -> Result<(), VmError> {
         let _plugging = self.plugging.lock().await;
-        if self.config.machine == MachineType::Microvm {
-            return Err(unsupported("change the size of a microvm"));
-        }
-        let wanted = usize::try_from(vcpus).unwrap_or(usize::MAX);
+        let wanted = usize::try_from(size.vcpus).unwrap_or(usize::MAX);
         if wanted > lock(&self.threads).len() {
             self.add_vcpus(wanted).await?;
         }
-        let (now, plugged) = self.memory().await?;
-        let missing = memory_bytes.saturating_sub(now);
-        let missing = missing / MEMORY_STEP_BYTES * MEMORY_STEP_BYTES;
+        let (now, pieces) = self.memory().await?;
+        let missing = size.memory_bytes.saturating_sub(now);
+        let missing = missing.next_multiple_of(MEMORY_STEP_BYTES);
         if missing > 0 {
-            self.add_memory(missing, plugged).await?;
+            self.add_memory(missing, pieces).await?;
         }
-        let (now, _) = self.memory().await?;
+        Ok(())
+    }
+
+    async fn size(&self) -> Result<VmSize, VmError> {
+        let (memory_bytes, _) = self.memory().await?;
         let vcpus = lock(&self.threads).len();
-        Ok((u32::try_from(vcpus).unwrap_or(u32::MAX), now))
+        Ok(VmSize {
+            vcpus: u32::try_from(vcpus).unwrap_or(u32::MAX),
+            memory_bytes,
+        })
     }
 }
 

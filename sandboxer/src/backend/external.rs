@@ -15,7 +15,7 @@ use vmm_core::vm::{Vm, VmError};
 use super::vmm::BackendError;
 use super::{MachineRequest, SandboxBackend, guest_environment};
 use crate::causes::with_causes;
-use crate::config::{Config, GuestFiles, HypervisorKind};
+use crate::config::{Config, GuestFiles, HypervisorKind, accel};
 
 /// Makes VMs of one hypervisor.
 #[derive(Debug)]
@@ -50,7 +50,9 @@ impl ExternalBackend {
         let emulated = host.as_ref().is_ok_and(Host::emulated_ring0);
         let (hypervisor, on_host, translated) = match config.hypervisor.kind {
             HypervisorKind::Qemu => {
-                let (qemu, notice) = Qemu::new(config.hypervisor.qemu.adapter(), &host)?;
+                let mut qemu = config.hypervisor.qemu.clone();
+                qemu.accel = accel(qemu.accel);
+                let (qemu, notice) = Qemu::new(qemu, &host)?;
                 if let Some(notice) = notice {
                     warn!("{notice}");
                 }
@@ -59,7 +61,7 @@ impl ExternalBackend {
                 (qemu, on_host, translated)
             }
             HypervisorKind::CloudHypervisor => {
-                let vmm = config.hypervisor.cloud_hypervisor.adapter();
+                let vmm = config.hypervisor.cloud_hypervisor.clone();
                 let vmm = CloudHypervisor::new(vmm, &host)?;
                 (Arc::new(vmm) as _, emulated, false)
             }
@@ -95,6 +97,9 @@ impl ExternalBackend {
             share_cache: fs.cache.into(),
             console_cap_bytes: vm.serial_log_bytes.as_u64(),
             net_slots: vm.net_slots,
+            disk_slots: vm.disk_slots,
+            balloon: vm.balloon,
+            most: vm.most(request.vcpus, request.memory_bytes),
             api_limit: self.config.hypervisor.api_timeout,
             outlives_daemon: self.outlives_daemon,
         }

@@ -14,7 +14,6 @@ use external_hv::HvError;
 use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
-use vmm_core::memory::HOTPLUG_ALIGN_BYTES;
 use vmm_core::vm::{Disk, Vm, VmError};
 use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
 
@@ -104,7 +103,7 @@ impl VmmBackend {
             .await
             .map_err(|e| HostError::Probe(e.to_string()))??;
         if let Some(templates) = &backend.templates {
-            let vcpus = backend.built_vcpus(backend.vm.vcpus);
+            let vcpus = backend.vm.most(backend.vm.vcpus, 0).vcpus;
             templates.manager.refill(vcpus);
         }
         Ok(backend)
@@ -227,15 +226,10 @@ impl VmmBackend {
         )
     }
 
-    /// vCPUs of a machine that starts with `vcpus`.
-    fn built_vcpus(&self, vcpus: u32) -> u32 {
-        self.vm.max_vcpus.map_or(vcpus, |most| most.max(vcpus))
-    }
-
     /// What a template and the machines that boot have in common.
     fn guest_config(&self, name: &str, vcpus: u32, memory_bytes: u64) -> MachineConfig {
         let mut machine = MachineConfig::new(name, &self.guest.kernel);
-        machine.vcpus = self.built_vcpus(vcpus);
+        machine.vcpus = self.vm.most(vcpus, memory_bytes).vcpus;
         machine.memory_bytes = memory_bytes;
         machine.initramfs = Some(self.guest.initramfs.clone());
         machine.cmdline.clone_from(&self.vm.kernel_params);
@@ -301,13 +295,10 @@ fn devices(
     if vm.balloon {
         devices = devices.with_balloon();
     }
-    let most = vm.max_memory.map_or(0, |most| most.as_u64());
+    let most = vm.most(0, memory_bytes).memory_bytes;
     let more = most.saturating_sub(memory_bytes);
-    let more = more.checked_next_multiple_of(HOTPLUG_ALIGN_BYTES);
     let slots = usize::try_from(vm.disk_slots).unwrap_or(usize::MAX);
-    Ok(devices
-        .with_hotplug_memory(more.unwrap_or(0))
-        .with_disk_slots(slots))
+    Ok(devices.with_hotplug_memory(more).with_disk_slots(slots))
 }
 
 #[async_trait]
@@ -359,7 +350,7 @@ impl SandboxBackend for VmmBackend {
         let template = self.template(request.vcpus, request.memory_bytes).await;
         let cloned = match template {
             Ok(template) => {
-                let vcpus = self.built_vcpus(request.vcpus);
+                let vcpus = self.vm.most(request.vcpus, 0).vcpus;
                 let shell = templates.manager.shell(vcpus);
                 let config = self.clone_config(&request)?;
                 blocking(move || Machine::restore(&host, config, &template, shell))

@@ -1,10 +1,10 @@
 //! Which keys exist, taken from the structs themselves.
 
+use external_hv::cloud_hypervisor::ChConfig;
+use external_hv::qemu::QemuConfig;
 use serde_aux::serde_introspection::serde_introspect;
 
-use super::{
-    CloudHypervisor, Config, Events, Fs, Hypervisor, Qemu, Sandbox, Templates, Timeouts, Vm, Wasm,
-};
+use super::{Config, Events, Fs, Hypervisor, Sandbox, Templates, Timeouts, Vm, Wasm};
 
 /// A key further away than this many edits is no suggestion.
 const MAX_EDITS: usize = 3;
@@ -17,8 +17,8 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "sandbox" => serde_introspect::<Sandbox>(),
         "vm" => serde_introspect::<Vm>(),
         "hypervisor" => serde_introspect::<Hypervisor>(),
-        "hypervisor.cloud-hypervisor" => serde_introspect::<CloudHypervisor>(),
-        "hypervisor.qemu" => serde_introspect::<Qemu>(),
+        "hypervisor.cloud-hypervisor" => serde_introspect::<ChConfig>(),
+        "hypervisor.qemu" => serde_introspect::<QemuConfig>(),
         "templates" => serde_introspect::<Templates>(),
         "fs" => serde_introspect::<Fs>(),
         "events" => serde_introspect::<Events>(),

@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use hypervisor::{Accel, CloudHypervisor, Hypervisor, HypervisorKind, MachineType, Qemu};
+pub(crate) use hypervisor::accel;
+pub use hypervisor::{Hypervisor, HypervisorKind};
 pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::MIN_MEMORY;
 pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};

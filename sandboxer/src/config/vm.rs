@@ -8,6 +8,8 @@ use guest_image::{Cache, GuestError, GuestImage};
 use serde::{Deserialize, Serialize};
 
 use vmm_core::config::MAX_VCPUS;
+use vmm_core::memory::HOTPLUG_ALIGN_BYTES;
+use vmm_core::vm::VmSize;
 
 use super::ConfigError;
 
@@ -93,6 +95,17 @@ impl Default for Vm {
 }
 
 impl Vm {
+    /// What a machine that starts with `vcpus` and `memory_bytes` can grow to.
+    pub(crate) fn most(&self, vcpus: u32, memory_bytes: u64) -> VmSize {
+        let most = self.max_memory.map_or(0, |most| most.as_u64());
+        let more = most.saturating_sub(memory_bytes);
+        let more = more.checked_next_multiple_of(HOTPLUG_ALIGN_BYTES);
+        VmSize {
+            vcpus: self.max_vcpus.map_or(vcpus, |most| most.max(vcpus)),
+            memory_bytes: memory_bytes.saturating_add(more.unwrap_or(0)),
+        }
+    }
+
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let wrong = |key, value: String, fix| {
             Err(ConfigError::Value {

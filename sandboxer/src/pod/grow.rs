@@ -28,13 +28,28 @@ impl Pod {
             // The guest's kernel needs some, too, as far as there is more.
             let overhead = self.environment.vm.memory_overhead.as_u64();
             let memory_bytes = limit.saturating_add(overhead).min(most.memory_bytes);
-            self.grow_memory(machine, memory_bytes, most.vcpus).await?;
+            let size = VmSize {
+                vcpus: now.vcpus,
+                memory_bytes,
+            };
+            self.grow_machine(machine, size).await?;
         }
         let online = u64::from(machine.online_cpus());
         // A quota above what there is does no harm: the container has all of the CPUs then.
         let vcpus = cpus(resources).unwrap_or(0).min(most.vcpus.into());
         if vcpus > online {
             let count = u32::try_from(vcpus).unwrap_or(u32::MAX);
+            if count > now.vcpus {
+                let memory_bytes = machine
+                    .vm
+                    .resizable()
+                    .map_or(0, |(now, _)| now.memory_bytes);
+                let size = VmSize {
+                    vcpus: count,
+                    memory_bytes,
+                };
+                self.grow_machine(machine, size).await?;
+            }
             let count = machine.agent.set_cpus(count).await?;
             machine.set_online_cpus(count);
             info!(pod = self.id(), "{count} CPUs are online");
@@ -42,23 +57,19 @@ impl Pod {
         Ok(())
     }
 
-    async fn grow_memory(&self, machine: &Machine, memory_bytes: u64, vcpus: u32) -> Result<()> {
-        let size = VmSize {
-            vcpus,
-            memory_bytes,
-        };
+    async fn grow_machine(&self, machine: &Machine, size: VmSize) -> Result<()> {
         let limit = self.environment.timeouts.agent_call;
         let grown = machine.vm.resize(size, limit).await;
         let grown = grown.map_err(|e| self.vm_error(e))?;
-        if grown.memory_bytes < memory_bytes {
+        if grown.memory_bytes < size.memory_bytes || grown.vcpus < size.vcpus {
             return Err(self.vm_error(VmError::Deadline {
-                what: "giving the guest more memory",
+                what: "giving the guest more memory or CPUs",
                 limit,
             }));
         }
         info!(
             pod = self.id(),
-            "memory grown to {} bytes", grown.memory_bytes
+            "grown to {} CPUs and {} bytes of memory", grown.vcpus, grown.memory_bytes
         );
         Ok(())
     }

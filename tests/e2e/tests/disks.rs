@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use e2e::World;
 use harness::disk::{erofs, ext4, read, recover, tools_missing};
-use harness::{eventually, kvm_missing, skip_if};
+use harness::{eventually, kvm_missing, not_in_process, skip_if};
 
 const SLOW: Duration = Duration::from_secs(300);
 
@@ -84,6 +84,11 @@ fn containers_run_from_disks_and_keep_what_they_synced() {
     assert!(second.stderr.contains("in use"), "{second:?}");
     let kept = synced().unwrap();
     world.daemon.kill();
+    if not_in_process().is_some() {
+        // The pod outlives the daemon.
+        world.daemon.start_again();
+        world.ctl.run(["rm", "--force", "writer"]).expect_code(0);
+    }
     recover(&data);
     let numbers: Vec<u32> = read(&data, "count")
         .lines()

@@ -1,6 +1,7 @@
 //! Pods that stand still: in memory, and on disk while their daemon is away.
 #![allow(
     clippy::expect_used,
+    clippy::panic,
     clippy::tests_outside_test_module,
     clippy::unwrap_used,
     reason = "the whole file is a test"
@@ -28,7 +29,8 @@ fn disk_bytes(snapshot: &Path) -> u64 {
 
 fn last(text: &str) -> u32 {
     let line = text.lines().last().unwrap_or("0");
-    line.parse().expect("a number in each line")
+    let number = line.parse();
+    number.unwrap_or_else(|e| panic!("{e} in the last line of {text:?}"))
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! `config_qemu_*.toml`: QEMU.
 
 use bytesize::ByteSize;
+use external_hv::qemu::MachineType;
 use serde::Deserialize;
+use vmm_core::config::MAX_VCPUS;
 
 use super::{Common, File, Translation, Virtiofsd, file};
-use crate::config::{Config, HypervisorKind, MachineType};
+use crate::config::{Config, HypervisorKind};
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -96,15 +98,18 @@ fn launch(translation: &mut Translation, qemu: &mut Qemu) {
     table.machine_options = parts.join(",");
     table.cpu = qemu.cpu_model.take().unwrap_or_default();
     table.cpu_features = qemu.cpu_features.take().unwrap_or_default();
-    table.max_vcpus = qemu.default_max_vcpus;
+    let most = qemu.default_max_vcpus.min(MAX_VCPUS);
+    translation.config.vm.max_vcpus = (most > 0).then_some(most);
+    let table = &mut translation.config.hypervisor.qemu;
     if let Some(slots) = qemu.mem_slots.filter(|slots| *slots > 0) {
         table.memory_slots = slots;
         // Slots are of use with room for memory: as much again for each.
         let most = memory
             .as_u64()
             .saturating_mul(u64::from(slots).saturating_add(1));
-        table.max_memory = ByteSize::b(most);
+        translation.config.vm.max_memory = Some(ByteSize::b(most));
     }
+    let table = &mut translation.config.hypervisor.qemu;
     table.memory_path =
         file(qemu.memory_path.take()).or_else(|| file(qemu.file_backend_mem_path.take()));
     table.prealloc = qemu.mem_prealloc || qemu.enable_mem_prealloc;

@@ -1,6 +1,8 @@
 use std::path::Path;
 
-use super::super::{Config, ConfigError, FsCache, HypervisorKind, MachineType, Mode};
+use external_hv::qemu::MachineType;
+
+use super::super::{Config, ConfigError, FsCache, HypervisorKind, Mode};
 
 const CLH: &str = include_str!("../../../../dist/kuasar/config_clh.toml");
 const QEMU: &str = include_str!("../../../../dist/kuasar/config_qemu_x86_64.toml");

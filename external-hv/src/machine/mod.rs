@@ -1,4 +1,6 @@
-//! [`ExternalVm`]: [`Vm`] over a VMM in another process.
+//! [`ExternalVm`]: a VM whose VMM is another process.
+
+mod vm;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -6,18 +8,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use devices::virtio::net::TapDevice;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use vmm_core::panic_words;
-use vmm_core::vm::{ExitReason, GuestListener, GuestStream, PhaseReached, Vm, VmError, VmStats};
+use vmm_core::vm::{ExitReason, PhaseReached, Vm as _, VmError, VmSize};
 
+use crate::capability::Capability;
 use crate::hypervisor::{
-    Control, DiskFile, GuestEnd, HvError, Hypervisor, Layout, MachineSpec, Nic, Started,
+    Control, GuestEnd, HvError, Hypervisor, Layout, MachineSpec, Nic, Started,
 };
 use crate::supervisor::{Ended, Job, ShareJob, Supervisor, VsockJob};
-use crate::vsock::{self, PortListener, Ports};
+use crate::vsock::Ports;
 
 /// Address of every guest; nothing is routed by it.
 const GUEST_CID: u32 = 3;
@@ -50,6 +51,8 @@ struct Shared {
     /// The processes have ended and are reaped.
     gone: watch::Sender<bool>,
     running: OnceLock<Running>,
+    /// What it has of what can change.
+    size: Mutex<VmSize>,
 }
 
 #[derive(Debug)]
@@ -62,6 +65,10 @@ impl ExternalVm {
     /// A VM that does not run yet; `program` is the supervisor's.
     #[must_use]
     pub fn new(hypervisor: Arc<dyn Hypervisor>, spec: MachineSpec, program: PathBuf) -> Self {
+        let size = VmSize {
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+        };
         Self {
             shared: Arc::new(Shared {
                 hypervisor,
@@ -72,6 +79,7 @@ impl ExternalVm {
                 exit: watch::Sender::new(None),
                 gone: watch::Sender::new(false),
                 running: OnceLock::new(),
+                size: Mutex::new(size),
             }),
             nics: Mutex::default(),
             ports: Ports::default(),
@@ -116,28 +124,13 @@ impl ExternalVm {
             .ok_or(VmError::Exited(ExitReason::Stopped))
     }
 
-    /// Plugs in a disk.
-    ///
-    /// # Errors
-    /// The VMM refuses, or the slot is taken.
-    pub async fn attach_disk(&self, slot: usize, disk: DiskFile) -> Result<(), VmError> {
-        self.control()?.attach_disk(slot, disk).await
-    }
-
-    /// Unplugs the disk of a slot.
-    ///
-    /// # Errors
-    /// The guest does not let go of it in time.
-    pub async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
-        self.control()?.detach_disk(slot, deadline).await
-    }
-
-    /// Plugs in vCPUs and memory; returns what the VM has then.
-    ///
-    /// # Errors
-    /// The machine cannot get that large.
-    pub async fn resize(&self, vcpus: u32, memory_bytes: u64) -> Result<(u32, u64), VmError> {
-        self.control()?.resize(vcpus, memory_bytes).await
+    /// For a backend that has no such thing.
+    fn ensure_can(&self, capability: Capability, what: &'static str) -> Result<(), VmError> {
+        let can = self.shared.hypervisor.backend().can(capability);
+        can.then_some(()).ok_or(VmError::Unsupported {
+            what,
+            backend: self.shared.hypervisor.name(),
+        })
     }
 
     async fn launch(&self) -> Result<(), VmError> {
@@ -231,6 +224,10 @@ impl Shared {
                 });
             }
         };
+        if running {
+            // It may have grown since it was started.
+            *lock(&self.size) = control.size().await?;
+        }
         if let Some(running) = self.running.get() {
             let _ = running.control.set(control);
         }
@@ -306,154 +303,6 @@ impl Drop for ExternalVm {
         if let Some(running) = self.shared.running.get() {
             running.supervisor.kill();
         }
-    }
-}
-
-#[async_trait]
-impl Vm for ExternalVm {
-    fn backend(&self) -> &'static str {
-        self.shared.hypervisor.name()
-    }
-
-    async fn start(&self) -> Result<(), VmError> {
-        self.shared.ensure_running()?;
-        let launched = self.launch().await;
-        if launched.is_err()
-            && let Some(running) = self.shared.running.get()
-        {
-            running.supervisor.kill();
-        }
-        launched
-    }
-
-    async fn stop(&self, deadline: Duration) -> Result<(), VmError> {
-        self.shared.report(ExitReason::Stopped);
-        let Some(running) = self.shared.running.get() else {
-            return Ok(());
-        };
-        running.supervisor.terminate();
-        let mut gone = self.shared.gone.subscribe();
-        if timeout(deadline, gone.wait_for(|gone| *gone)).await.is_ok() {
-            return Ok(());
-        }
-        // One that does not react, or is stopped, ends by this.
-        running.supervisor.kill();
-        let gone = timeout(deadline, gone.wait_for(|gone| *gone)).await;
-        gone.map(drop).map_err(|_| VmError::Deadline {
-            what: "stopping the VM",
-            limit: deadline,
-        })
-    }
-
-    fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.shared.exit.subscribe()
-    }
-
-    async fn connect(
-        &self,
-        port: u32,
-        deadline: Duration,
-    ) -> Result<Box<dyn GuestStream>, VmError> {
-        self.shared.ensure_running()?;
-        let mut exited = self.shared.exit.subscribe();
-        let socket = self.shared.layout.vsock();
-        tokio::select! {
-            stream = vsock::connect(&socket, port, deadline) => {
-                stream.map(|stream| Box::new(stream) as _)
-            }
-            _ = exited.wait_for(Option::is_some) => {
-                self.shared.ensure_running()?;
-                Err(VmError::Exited(ExitReason::Stopped))
-            }
-        }
-    }
-
-    fn listen(&self, port: u32) -> Result<Box<dyn GuestListener>, VmError> {
-        self.shared.ensure_running()?;
-        let socket = self.shared.layout.vsock();
-        Ok(Box::new(PortListener::bind(
-            &socket,
-            port,
-            &self.ports,
-            self.exited(),
-        )?))
-    }
-
-    fn pid(&self) -> u32 {
-        let running = self.shared.running.get();
-        running.map_or_else(std::process::id, |running| running.supervisor.vmm_pid())
-    }
-
-    fn vcpu_threads(&self) -> Vec<i32> {
-        let control = self.shared.running.get().and_then(|r| r.control.get());
-        control.map_or_else(Vec::new, |control| control.vcpu_threads())
-    }
-
-    fn stats(&self) -> VmStats {
-        VmStats {
-            exits: Default::default(),
-            phases: lock(&self.shared.phases).clone(),
-            memory_bytes: self.shared.spec.memory_bytes,
-            resident_bytes: self.shared.running.get().and_then(|running| {
-                let pid = i32::try_from(running.supervisor.vmm_pid()).ok()?;
-                let memory = procfs::process::Process::new(pid).ok()?.statm().ok()?;
-                memory.resident.checked_mul(procfs::page_size())
-            }),
-        }
-    }
-
-    fn net_slots(&self) -> usize {
-        usize::try_from(self.shared.spec.net_slots).unwrap_or(usize::MAX)
-    }
-
-    async fn attach_nic(&self, slot: usize, tap: TapDevice) -> Result<(), VmError> {
-        self.shared.ensure_running()?;
-        if slot >= self.net_slots() {
-            return Err(VmError::NoNetSlot {
-                slot,
-                slots: self.net_slots(),
-            });
-        }
-        let nic = Nic {
-            slot,
-            queues: tap.into_fds(),
-        };
-        if self.shared.running.get().is_some() {
-            return self.control()?.attach_nic(nic).await;
-        }
-        let mut nics = lock(&self.nics);
-        if nics.iter().any(|other| other.slot == slot) {
-            return Err(VmError::Io {
-                what: format!("network slot {slot} is taken"),
-                source: std::io::ErrorKind::AlreadyExists.into(),
-            });
-        }
-        nics.push(nic);
-        Ok(())
-    }
-
-    async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
-        if self.shared.running.get().is_some() {
-            return self.control()?.detach_nic(slot, deadline).await;
-        }
-        lock(&self.nics).retain(|nic| nic.slot != slot);
-        Ok(())
-    }
-
-    fn mark_phase(&self, phase: &'static str) {
-        self.shared.mark_phase(phase);
-    }
-
-    fn console_tail(&self) -> Option<String> {
-        self.shared.console_tail()
-    }
-
-    async fn pause(&self) -> Result<(), VmError> {
-        self.control()?.pause().await
-    }
-
-    async fn resume(&self) -> Result<(), VmError> {
-        self.control()?.resume().await
     }
 }
 
