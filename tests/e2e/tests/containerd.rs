@@ -126,6 +126,7 @@ fn a_container_that_ignores_term_is_killed() {
     let node = Node::new(&Options::default());
     let pod = node.run_pod("stubborn");
     let deaf = pod.run("deaf", "trap '' TERM; echo up; while :; do sleep 1; done");
+    node.await_log("deaf", "up");
     let begun = Instant::now();
     node.stop_container(&deaf, 2);
     assert!(begun.elapsed() >= Duration::from_secs(2));
@@ -194,7 +195,7 @@ fn pods_survive_a_restart_of_containerd() {
 fn survive(options: &Options) {
     let mut node = Node::new(options);
     let pod = node.run_pod("survivor");
-    let script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done";
+    let script = "trap '' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done";
     let (id, container) = (pod.id.clone(), pod.run("main", script));
     let created_at = node.status(&container).created_at;
 
