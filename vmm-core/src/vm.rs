@@ -223,6 +223,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Host thread ids that run guest code.
     fn vcpu_threads(&self) -> Vec<i32>;
 
+    /// Host processes that exist for this VM alone; none when it runs in this process.
+    fn host_processes(&self) -> Vec<i32> {
+        Vec::new()
+    }
+
     /// Figures now.
     fn stats(&self) -> VmStats;
 

@@ -7,6 +7,10 @@
 //!
 //! `tcp/<port>\n` instead connects to that port on the guest's loopback interface, and bytes
 //! go both ways; the stream ends at once where nobody listens.
+//!
+//! `console/<columns>x<rows>\n` opens the debug console: a shell in the guest itself, on a
+//! terminal of that size, or without one for `0x0`. The guest answers [`CONSOLE_OPEN`], or one
+//! line that says why not; after that bytes go both ways.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,6 +20,9 @@ pub const MAX_HEADER_BYTES: usize = 544;
 
 /// Longest container or exec id, in bytes.
 pub const MAX_ID_BYTES: usize = 256;
+
+/// The guest's answer when the debug console is open.
+pub const CONSOLE_OPEN: &[u8] = b"OK\n";
 
 /// Which of a process's streams a connection carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,6 +58,23 @@ pub struct StreamId {
     pub kind: StreamKind,
 }
 
+/// Size of a terminal in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TerminalSize {
+    /// Width.
+    pub columns: u16,
+    /// Height.
+    pub rows: u16,
+}
+
+impl TerminalSize {
+    /// No terminal.
+    pub const NONE: Self = Self {
+        columns: 0,
+        rows: 0,
+    };
+}
+
 /// What a header asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Header {
@@ -58,6 +82,8 @@ pub enum Header {
     Process(StreamId),
     /// A TCP port of the guest.
     Tcp(u16),
+    /// The debug console.
+    Console(TerminalSize),
 }
 
 impl FromStr for Header {
@@ -70,6 +96,14 @@ impl FromStr for Header {
                 Ok(port) if port > 0 => Ok(Self::Tcp(port)),
                 _ => Err(HeaderError::Port),
             },
+            Some(("console", size)) if !size.contains('/') => {
+                let (columns, rows) = size.split_once('x').ok_or(HeaderError::Size)?;
+                let number = |text: &str| text.parse().map_err(|_| HeaderError::Size);
+                Ok(Self::Console(TerminalSize {
+                    columns: number(columns)?,
+                    rows: number(rows)?,
+                }))
+            }
             _ => line.parse().map(Self::Process),
         }
     }
@@ -80,6 +114,7 @@ impl fmt::Display for Header {
         match self {
             Self::Process(id) => id.fmt(f),
             Self::Tcp(port) => write!(f, "tcp/{port}"),
+            Self::Console(size) => write!(f, "console/{}x{}", size.columns, size.rows),
         }
     }
 }
@@ -100,6 +135,9 @@ pub enum HeaderError {
     /// Not a port number.
     #[error("the port must be 1 to 65535")]
     Port,
+    /// Not a size of a terminal.
+    #[error("the size of the terminal must be <columns>x<rows>")]
+    Size,
 }
 
 /// Whether `id` may name a container or an exec: 1 to [`MAX_ID_BYTES`] bytes of
@@ -203,6 +241,29 @@ mod tests {
         let container = "tcp//stdin".parse::<Header>().unwrap();
         assert!(matches!(container, Header::Process(_)), "{container:?}");
         assert_eq!(Header::Tcp(80).to_string(), "tcp/80");
+    }
+
+    #[test]
+    fn a_console_has_a_size() {
+        let size = TerminalSize {
+            columns: 80,
+            rows: 24,
+        };
+        let header = Header::Console(size);
+        assert_eq!(header.to_string(), "console/80x24");
+        assert_eq!("console/80x24".parse(), Ok(header));
+        assert_eq!(
+            "console/0x0".parse(),
+            Ok(Header::Console(TerminalSize::NONE))
+        );
+        for line in [
+            "console/",
+            "console/80",
+            "console/80x-1",
+            "console/80x65536",
+        ] {
+            assert_eq!(line.parse::<Header>(), Err(HeaderError::Size), "{line:?}");
+        }
     }
 
     proptest! {

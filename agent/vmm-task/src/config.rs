@@ -35,6 +35,8 @@ pub struct Params {
     pub log_level: LevelFilter,
     /// `task.debug`: also log the container runtime's inner steps.
     pub debug: bool,
+    /// `task.debug_shell=<path>`: the program of the debug console, which is off without.
+    pub debug_shell: Option<PathBuf>,
     /// What could not be used, to be logged once logging works.
     pub warnings: Vec<String>,
 }
@@ -44,6 +46,7 @@ impl Default for Params {
         Self {
             log_level: LevelFilter::INFO,
             debug: false,
+            debug_shell: None,
             warnings: Vec::new(),
         }
     }
@@ -73,9 +76,11 @@ impl Params {
                 ("debug", Some("false" | "0")) => params.debug = false,
                 ("sharefs_type", Some("virtiofs")) => {}
                 ("sharefs_type", _) => params.warn(word, "only virtiofs is shared with the host"),
-                ("enable_tracing" | "debug_shell", _) => {
-                    params.warn(word, "not supported by this agent");
+                ("debug_shell", Some(path)) if path.starts_with('/') => {
+                    params.debug_shell = Some(path.into());
                 }
+                ("debug_shell", _) => params.warn(word, "must be an absolute path"),
+                ("enable_tracing", _) => params.warn(word, "not supported by this agent"),
                 _ => params.warn(word, "unknown parameter"),
             }
         }
@@ -145,10 +150,20 @@ mod tests {
 
     #[test]
     fn bad_values_keep_the_default() {
-        let p = Params::parse("task.log_level=loud task.sharefs_type=9p task.debug=maybe");
+        let p = Params::parse(
+            "task.log_level=loud task.sharefs_type=9p task.debug=maybe task.debug_shell=sh",
+        );
         assert_eq!(p.log_level, LevelFilter::INFO);
         assert!(!p.debug);
-        assert_eq!(p.warnings.len(), 3);
+        assert_eq!(p.debug_shell, None);
+        assert_eq!(p.warnings.len(), 4);
+    }
+
+    #[test]
+    fn the_debug_console_is_off_unless_a_shell_is_named() {
+        assert_eq!(Params::parse("task.debug").debug_shell, None);
+        let shell = Params::parse("task.debug_shell=/bin/sh").debug_shell;
+        assert_eq!(shell, Some("/bin/sh".into()));
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod config;
 mod container;
 mod control;
 mod cpus;
+mod debug_shell;
 mod disks;
 mod error;
 mod events;
@@ -141,7 +142,7 @@ async fn serve(config: &Config, reaper: Reaper, init_at_us: u64) -> Result<(), F
     server.start().await?;
     // Tasks, not branches: waking the root task costs two system calls each time.
     let mut reaping = tokio::spawn(reaper.run(agent));
-    let mut accepting = tokio::spawn(streams.serve(listener));
+    let mut accepting = tokio::spawn(streams.serve(listener, config.params.debug_shell.clone()));
     tokio::select! {
         end = &mut reaping => Err(Fatal::Reaper(end.unwrap_or_else(io::Error::other))),
         end = &mut accepting => Err(Fatal::Streams(end.unwrap_or_else(io::Error::other))),

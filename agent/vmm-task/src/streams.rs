@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::debug_shell;
 use crate::fd::Fd;
 use crate::forward;
 use crate::net::Listener;
@@ -209,8 +211,8 @@ impl Streams {
         });
     }
 
-    /// Accepts streams for ever.
-    pub async fn serve(self, listener: Listener) -> std::io::Error {
+    /// Accepts streams for ever; `shell` is what the debug console runs, if there is to be one.
+    pub async fn serve(self, listener: Listener, shell: Option<PathBuf>) -> std::io::Error {
         let unnamed = Arc::new(Semaphore::new(MAX_UNNAMED));
         loop {
             let fd = match listener.accept().await {
@@ -222,6 +224,7 @@ impl Streams {
                 continue;
             };
             let me = self.clone();
+            let shell = shell.clone();
             tokio::spawn(async move {
                 let read = timeout(HEADER_DEADLINE, read_header(fd)).await;
                 drop(permit);
@@ -232,6 +235,10 @@ impl Streams {
                     }
                     Ok((Header::Tcp(port), stream)) => {
                         forward::tcp(port, stream.fd, &stream.head).await;
+                        Ok(())
+                    }
+                    Ok((Header::Console(size), stream)) => {
+                        debug_shell::serve(shell.as_deref(), size, stream.fd, &stream.head).await;
                         Ok(())
                     }
                     Err(e) => Err(e),

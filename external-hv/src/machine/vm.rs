@@ -95,6 +95,13 @@ impl Vm for ExternalVm {
         control.map_or_else(Vec::new, |control| control.vcpu_threads())
     }
 
+    fn host_processes(&self) -> Vec<i32> {
+        let running = self.shared.running.get();
+        let pids = running.map(|r| [r.supervisor.pid(), r.supervisor.vmm_pid()]);
+        let pids = pids.into_iter().flatten();
+        pids.filter_map(|pid| i32::try_from(pid).ok()).collect()
+    }
+
     fn stats(&self) -> VmStats {
         VmStats {
             exits: Default::default(),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
+use super::debug_console::DebugConsoleArgs;
 use super::disk::DiskArg;
 use super::update::UpdateArgs;
 use super::values::{self, Cpus, Volume};
@@ -63,6 +64,7 @@ pub(super) struct Global {
 pub(super) enum Command {
     Run(Box<RunArgs>),
     Exec(Box<ExecArgs>),
+    DebugConsole(DebugConsoleArgs),
     Ps(PsArgs),
     Inspect(InspectArgs),
     Logs(LogsArgs),

@@ -5,7 +5,6 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify;
-use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -37,8 +36,8 @@ pub(super) async fn logs(global: &Global, args: &LogsArgs) -> Result<()> {
 }
 
 fn console(found: &Found) -> Result<PathBuf> {
-    match found.info().get("dir").and_then(Value::as_str) {
-        Some(dir) => Ok(Path::new(dir).join(CONSOLE)),
+    match found.dir() {
+        Some(dir) => Ok(dir.join(CONSOLE)),
         None => Err(CliError::new(format!(
             "the console of pod {} is gone with its daemon",
             found.pod.title()

@@ -9,6 +9,7 @@ mod attend;
 mod check;
 mod client;
 mod daemon;
+mod debug_console;
 mod disk;
 mod error;
 mod exec;
@@ -97,6 +98,7 @@ fn dispatch(cli: Cli) -> Result<u8> {
         match command {
             Command::Run(args) => run::run(&global, *args).await,
             Command::Exec(args) => exec::exec(&global, *args).await,
+            Command::DebugConsole(args) => debug_console::open(&global, &args).await.map(|()| 0),
             Command::Ps(args) => ps::ps(&global, &args).await.map(|()| 0),
             Command::Inspect(args) => ps::inspect(&global, &args).await.map(|()| 0),
             Command::Logs(args) => logs::logs(&global, &args).await.map(|()| 0),

@@ -148,6 +148,11 @@ impl Found {
         &self.info
     }
 
+    /// Its folder, while a daemon has it.
+    pub(super) fn dir(&self) -> Option<&Path> {
+        self.info.get("dir").and_then(Value::as_str).map(Path::new)
+    }
+
     /// Why it does not run, if the daemon says so.
     pub(super) fn reason(&self) -> Option<&str> {
         self.info

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use hypervisor::accel;
 pub use hypervisor::{Hypervisor, HypervisorKind};
 pub use templates::{TemplateMode, Templates};
-pub(crate) use vm::MIN_MEMORY;
+pub(crate) use vm::{DEBUG_SHELL, MIN_MEMORY};
 pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
 pub use wasm::{Wasm, WasmThreads};
 
@@ -251,7 +251,7 @@ impl Config {
         }
         let document = toml::Deserializer::parse(text).map_err(parse_error)?;
         let mut unknown = None;
-        let config: Self = serde_ignored::deserialize(document, |key| {
+        let mut config: Self = serde_ignored::deserialize(document, |key| {
             unknown.get_or_insert_with(|| key.to_string());
         })
         .map_err(parse_error)?;
@@ -263,6 +263,7 @@ impl Config {
             });
         }
         config.check(path)?;
+        config.vm.announce_debug_console();
         Ok(config)
     }
 

@@ -28,6 +28,9 @@ pub(crate) const KERNEL_VAR: &str = "KUASAR_KERNEL";
 /// Environment variable that overrides `vm.initramfs`.
 pub(crate) const INITRAMFS_VAR: &str = "KUASAR_INITRAMFS";
 
+/// Entry of a pod's share that is the shell of its debug console.
+pub(crate) const DEBUG_SHELL: &str = "debug-shell";
+
 /// Where `make install` puts the guest, beside the configuration file.
 const INSTALLED: &str = "/var/lib/kuasar";
 
@@ -57,6 +60,9 @@ pub struct Vm {
     pub initramfs: Option<PathBuf>,
     /// Appended to the kernel command line.
     pub kernel_params: String,
+    /// A shell of the host, linked statically, for instance `/bin/busybox`: pods have a debug
+    /// console then, a shell in the guest itself (`kuasar-ctl debug-console`). Unset: none.
+    pub debug_console: Option<PathBuf>,
     /// How the guest learns which devices there are: `auto` (ACPI, but the command line where
     /// the host emulates guest ring 0 and ACPI costs seconds), `acpi`, `command-line`.
     pub discovery: DeviceDiscovery,
@@ -85,6 +91,7 @@ impl Default for Vm {
             kernel: None,
             initramfs: None,
             kernel_params: String::new(),
+            debug_console: None,
             discovery: DeviceDiscovery::Auto,
             net_slots: 1,
             disk_slots: 8,
@@ -118,6 +125,12 @@ impl Vm {
         if self.vcpus == 0 {
             return wrong("vm.vcpus", "0".to_owned(), "must be at least 1");
         }
+        if let Some(shell) = &self.debug_console
+            && !shell.is_file()
+        {
+            let value = shell.display().to_string();
+            return wrong("vm.debug_console", value, "must be a program of this host");
+        }
         if self.net_slots > MAX_NET_SLOTS {
             let value = self.net_slots.to_string();
             return wrong("vm.net_slots", value, "must be at most 8");
@@ -140,6 +153,14 @@ impl Vm {
             );
         }
         Ok(())
+    }
+
+    /// Tells the agent of the debug console, if there is to be one.
+    pub(super) fn announce_debug_console(&mut self) {
+        if self.debug_console.is_some() {
+            let shell = format!(" task.debug_shell={}/{DEBUG_SHELL}", agent_api::SHARE_DIR);
+            self.kernel_params.push_str(&shell);
+        }
     }
 
     /// The kernel and initramfs to boot, from the environment, the keys, the cache of built

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::error::{PodError, Result};
 use super::oci::PodFile;
+use crate::config::DEBUG_SHELL;
 use crate::rpc::cri::DnsConfig;
 
 /// Entry of the pod's share that holds the files.
@@ -17,6 +18,8 @@ pub(super) struct PodFiles<'a> {
     pub(super) hostname: &'a str,
     /// What the pod asks for; otherwise the host's own is copied.
     pub(super) dns: Option<&'a DnsConfig>,
+    /// The shell of the debug console, if there is one.
+    pub(super) debug_shell: Option<&'a Path>,
 }
 
 impl PodFiles<'_> {
@@ -33,6 +36,11 @@ impl PodFiles<'_> {
         for (name, content) in files {
             let path = folder.join(name);
             std::fs::write(&path, content).map_err(failed(&path))?;
+        }
+        if let Some(shell) = self.debug_shell {
+            // A copy: the guest can write to what it is given.
+            let path = share.join(DEBUG_SHELL);
+            std::fs::copy(shell, &path).map_err(failed(&path))?;
         }
         Ok(Self::written())
     }
@@ -90,6 +98,7 @@ mod tests {
         let files = PodFiles {
             hostname: "pod-1",
             dns: Some(&dns),
+            debug_shell: None,
         };
         let written = files.write(share.path()).unwrap();
         let read = |name: &str| std::fs::read_to_string(share.path().join("etc").join(name));

@@ -135,7 +135,10 @@ impl Pod {
             if start {
                 vm.start().await.map_err(|e| self.vm_error(e))?;
             }
+            // Meanwhile the guest boots.
+            let accounted = tokio::task::spawn_blocking(self.account_for(vm.as_ref()));
             let connected = agent.await?;
+            let _ = accounted.await;
             vm.mark_phase(phase::AGENT_READY);
             connected.client.setup_sandbox(self.setup()).await?;
             vm.mark_phase(phase::SANDBOX_SET_UP);
@@ -255,6 +258,7 @@ impl Pod {
         let files = super::PodFiles {
             hostname: self.request.hostname(),
             dns: self.request.config.dns_config.as_ref(),
+            debug_shell: None,
         };
         rpc::SetupSandboxRequest {
             hostname: self.request.hostname().to_owned(),
@@ -440,6 +444,9 @@ impl Pod {
         }
         // Dropping joins threads.
         let _ = tokio::task::spawn_blocking(move || drop(vm)).await;
+        if let Some(cgroup) = lock(&self.cgroup).as_mut() {
+            cgroup.remove();
+        }
     }
 
     /// Ends everything that ran in the machine, releases the host's mounts and says so.
@@ -493,10 +500,12 @@ impl Pod {
         let containers = std::mem::take(&mut *lock(&self.containers));
         let share = lock(&self.share).take();
         let folder = lock(&self.folder).take();
+        let cgroup = lock(&self.cgroup).take();
         let _ = tokio::task::spawn_blocking(move || {
             drop(containers);
             drop(share);
             drop(folder);
+            drop(cgroup);
         })
         .await;
         Ok(())

@@ -3,6 +3,7 @@
 //! No lock is held while something is waited for. The phase of a pod and the state of a
 //! process are [`watch`] values: operations move them on, and whoever has to wait watches.
 
+mod cgroup;
 mod container;
 mod containers;
 mod control;
@@ -48,6 +49,7 @@ pub(crate) use stdio::{Outlet, StreamEnd, Streams};
 pub use storage::RootfsMount;
 pub use tasks::TASKS_EXTENSION;
 
+use self::cgroup::HostCgroup;
 use self::disks::DiskSlots;
 use self::files::PodFiles;
 use self::network::{Follower, PodNetwork};
@@ -177,6 +179,8 @@ pub struct Pod {
     network: Mutex<Option<Network>>,
     network_note: Mutex<NetworkNote>,
     share: Mutex<Option<Share>>,
+    /// Where the host accounts for its machine.
+    cgroup: Mutex<Option<HostCgroup>>,
     /// The pod is being described for the next daemon.
     recording: tokio::sync::Mutex<()>,
     /// Last: removed after everything in it is released.
@@ -226,6 +230,7 @@ impl Pod {
         let files = PodFiles {
             hostname: request.hostname(),
             dns: request.config.dns_config.as_ref(),
+            debug_shell: environment.vm.debug_console.as_deref(),
         }
         .write(share.path())?;
         let linux = request.config.linux.as_ref();
@@ -254,6 +259,7 @@ impl Pod {
             network: Mutex::new(None),
             network_note: Mutex::default(),
             share: Mutex::new(Some(share)),
+            cgroup: Mutex::default(),
             recording: tokio::sync::Mutex::default(),
             folder: Mutex::new(Some(folder)),
         })

@@ -128,6 +128,7 @@ impl Pod {
             network: std::sync::Mutex::new(network.map(Network::Connected)),
             network_note: Default::default(),
             share: std::sync::Mutex::new(Some(share)),
+            cgroup: Default::default(),
             recording: tokio::sync::Mutex::default(),
             folder: std::sync::Mutex::new(Some(folder)),
             dir,

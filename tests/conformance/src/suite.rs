@@ -81,6 +81,9 @@ pub struct Suite {
 /// What a QEMU guest is asked for, in the daemon's configuration.
 const QEMU: &str = "[sandbox]\nmode = \"external\"\n[hypervisor]\nkind = \"qemu\"\n";
 
+/// For rows of two networks, and of pods that grow.
+const MACHINE: &str = "[vm]\nnet_slots = 2\nmax_memory = \"512MiB\"\nmax_vcpus = 2\n";
+
 impl Suite {
     /// Starts what is needed.
     ///
@@ -104,7 +107,7 @@ impl Suite {
                     return Err(Skipped(why));
                 }
                 let ttrpc = scratch.path().join("ttrpc");
-                let mut config = format!("[events]\ncontainerd = {ttrpc:?}\n");
+                let mut config = format!("[events]\ncontainerd = {ttrpc:?}\n{MACHINE}");
                 if *backend == Backend::Qemu {
                     config.push_str(QEMU);
                 }
@@ -112,6 +115,7 @@ impl Suite {
                     line,
                     mode: reach,
                     ttrpc: Some(ttrpc),
+                    second_network: true,
                     ..Options::default()
                 };
                 let node = Node::with_config(&config, &options);

@@ -16,6 +16,24 @@ impl PodCgroup {
     /// # Errors
     /// Why the host does not let us, for `skipped:`.
     pub fn new(name: &str) -> Result<Self, String> {
+        Self::make(&format!("{name}-{}", std::process::id()))
+    }
+
+    /// Makes the slice `name` where systemd would, with those that it is in.
+    ///
+    /// # Errors
+    /// Why the host does not let us, for `skipped:`.
+    pub fn slice(name: &str) -> Result<Self, String> {
+        let stem = name.trim_end_matches(".slice");
+        let ends = stem.match_indices('-').map(|(at, _)| at);
+        let slices = ends.chain([stem.len()]);
+        let slices: Vec<_> = slices
+            .map(|end| format!("{}.slice", &stem[..end]))
+            .collect();
+        Self::make(&slices.join("/"))
+    }
+
+    fn make(name: &str) -> Result<Self, String> {
         let top = Path::new("/sys/fs/cgroup");
         let roots = if top.join("cgroup.controllers").exists() {
             vec![top.to_owned()]
@@ -26,24 +44,39 @@ impl PodCgroup {
                 .filter(|root| root.is_dir())
                 .collect()
         };
-        let name = format!("{name}-{}", std::process::id());
         let mut made = Self {
             dirs: Vec::new(),
-            name,
+            name: name.to_owned(),
         };
         for root in roots {
-            let dir = root.join(&made.name);
-            match fs::create_dir(&dir) {
-                Ok(()) => made.dirs.push(dir),
-                // One hierarchy under two names.
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(format!("{} cannot be made: {e}", dir.display())),
+            let mut dir = root;
+            for part in name.split('/') {
+                dir.push(part);
+                match fs::create_dir(&dir) {
+                    Ok(()) => made.dirs.push(dir.clone()),
+                    // One hierarchy under two names, or a slice that others are in.
+                    Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+                    Err(e) => return Err(format!("{} cannot be made: {e}", dir.display())),
+                }
             }
         }
         if made.dirs.is_empty() {
             return Err("no cgroup hierarchy is mounted".to_owned());
         }
         Ok(made)
+    }
+
+    /// Processes and threads in the cgroups of pods below it.
+    #[must_use]
+    pub fn members(&self) -> Vec<String> {
+        let last = self.name.rsplit('/').next().unwrap_or_default();
+        let leaves = self.dirs.iter().filter(|dir| dir.ends_with(last));
+        let below = leaves.flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+        let files = below.flat_map(|entry| ["tasks", "cgroup.procs"].map(|f| entry.path().join(f)));
+        let texts = files.filter_map(|file| fs::read_to_string(file).ok());
+        texts
+            .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
+            .collect()
     }
 
     /// As CRI names it, in `cgroup_parent`.
@@ -55,7 +88,7 @@ impl PodCgroup {
 
 impl Drop for PodCgroup {
     fn drop(&mut self) {
-        for dir in &self.dirs {
+        for dir in self.dirs.iter().rev() {
             if let Err(e) = fs::remove_dir(dir) {
                 eprintln!("{} remains: {e}", dir.display());
             }

@@ -109,6 +109,8 @@ pub struct Options {
     pub snapshotter: &'static str,
     /// Network of the pods' bridge, its first three bytes.
     pub subnet: &'static str,
+    /// Whether pods have an interface of a second network, 10.214.7.0/24.
+    pub second_network: bool,
     /// Where containerd takes events; unset: in its own folder.
     pub ttrpc: Option<PathBuf>,
 }
@@ -122,6 +124,7 @@ impl Default for Options {
             io_type: "fifo",
             snapshotter: "overlayfs",
             subnet: "10.213.7",
+            second_network: false,
             ttrpc: None,
         }
     }
@@ -274,7 +277,9 @@ impl Containerd {
         let sandboxes = "io.containerd.sandbox.controller.v1.shim/k8s.io";
         left.extend(entries(&state.join(sandboxes)));
         left.extend(self.shims().iter().map(|shim| format!("{shim:?}")));
-        let addresses = entries(&self.dir.path().join("ipam/test"));
+        let ipam = self.dir.path().join("ipam");
+        let mut addresses = entries(&ipam.join("test"));
+        addresses.extend(entries(&ipam.join("second")));
         let taken = |path: &String| {
             let name = path.rsplit('/').next().unwrap_or_default();
             !name.starts_with("last_reserved_ip") && name != "lock"

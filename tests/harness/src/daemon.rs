@@ -40,8 +40,10 @@ impl Daemon {
     /// As for [`Daemon::start`].
     #[must_use]
     pub fn start_program(program: &'static str, config: &str) -> Self {
+        // A short name: sockets of pods with containerd's ids lie below, and the kernel takes
+        // 107 bytes.
         let dir = tempfile::Builder::new()
-            .prefix("kuasar-e2e-")
+            .prefix("kuasar-")
             .tempdir()
             .expect("temporary dir");
         let config_path = dir.path().join("config.toml");
@@ -115,6 +117,11 @@ impl Daemon {
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         self.child.wait().expect("wait for the daemon");
+    }
+
+    /// Ends the external VMs of its pods, which outlive it.
+    pub fn end_vms(&self) {
+        end_vms(&self.state_dir());
     }
 
     /// Asks the daemon to end and returns its exit status.

@@ -310,6 +310,30 @@ pub fn reset_signals() -> io::Result<()> {
     Ok(())
 }
 
+/// Keeps a descriptor from programs that are executed.
+pub fn close_on_exec(fd: &impl AsFd) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(())
+}
+
+/// Makes `command`'s program the leader of a session, whose terminal is its stdin if `terminal`.
+pub fn lead_session(command: &mut std::process::Command, terminal: bool) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: runs between fork and exec; only async-signal-safe system calls, no memory is
+    // allocated.
+    unsafe {
+        command.pre_exec(move || {
+            reset_signals()?;
+            nix::unistd::setsid()?;
+            if terminal {
+                Errno::result(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+            }
+            Ok(())
+        });
+    }
+}
+
 /// Installs a seccomp filter in the calling process, seccomp(2).
 pub fn install_seccomp(
     program: &[seccompiler::sock_filter],

@@ -169,9 +169,25 @@ fn clean_linux(spec: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<bool>
         }
     }
     if let Some(resources) = linux.get_mut("resources") {
+        check_huge_pages(resources)?;
         clean_resources(resources);
     }
     clean_namespaces(linux, guest)
+}
+
+/// A limit of 0, which the kubelet sends for each size of the host's, promises nothing.
+fn check_huge_pages(resources: &Value) -> Result<()> {
+    let limits = resources.get("hugepageLimits").and_then(Value::as_array);
+    let promised = |limit: &&Value| limit.get("limit").and_then(Value::as_u64) > Some(0);
+    match limits.into_iter().flatten().find(promised) {
+        None => Ok(()),
+        Some(limit) => Err(PodError::invalid(
+            "linux.resources.hugepageLimits",
+            limit.to_string(),
+            "guests have no huge pages: remove the limit, or use a runtime class without VM for \
+             this pod",
+        )),
+    }
 }
 
 /// Takes limits that name hardware of the host out of OCI `LinuxResources`.
@@ -179,7 +195,7 @@ pub(crate) fn clean_resources(resources: &mut Value) {
     let Some(resources) = resources.as_object_mut() else {
         return;
     };
-    for key in ["blockIO", "network", "rdma"] {
+    for key in ["blockIO", "hugepageLimits", "network", "rdma"] {
         resources.remove(key);
     }
     if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {

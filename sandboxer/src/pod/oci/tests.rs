@@ -231,6 +231,13 @@ fn what_only_the_host_can_do_is_refused_by_name() {
     assert!(why.contains("/dev/fuse"), "{why}");
     let why = error(json!({"process": {"apparmorProfile": "mine"}}));
     assert!(why.contains("mine"), "{why}");
+    let huge = |limit: u32| json!({"linux": {"resources": {"hugepageLimits": [{"pageSize": "2MB", "limit": limit}]}}});
+    let why = error(huge(4096));
+    assert!(
+        why.contains("hugepageLimits") && why.contains("2MB"),
+        "{why}"
+    );
+    rewrite(&mut huge(0), &guest(&[])).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();

@@ -101,23 +101,22 @@ pub(super) fn propagation(suite: &Suite) -> Outcome {
     assert!(kubelet.log(&name).contains("mounted later"));
     kubelet.remove_container(&id);
 
-    let mut config = suite.container("rro", "touch /volume/late/x 2>/dev/null || echo refused");
-    let mut volume = read_only(bind(&folder, "/volume"));
-    volume.recursive_read_only = true;
-    config.mounts.push(volume);
-    let tried = suite.pod().try_run(config);
+    // The kubelet asks for it only of a handler that has it by containerd's account, which knows
+    // runc's alone; containerd 2.1 crashes when it is asked nevertheless.
+    let status = kubelet.cri.status(v1::StatusRequest::default()).unwrap();
+    let mut handlers = status.runtime_handlers.into_iter();
+    let ours = handlers.find(|handler| handler.name == kubelet.handler);
+    let features = ours.and_then(|handler| handler.features);
+    if features.is_some_and(|features| features.recursive_read_only_mounts) {
+        let mut config = suite.container("rro", "touch /volume/late/x 2>/dev/null || echo refused");
+        let mut volume = read_only(bind(&folder, "/volume"));
+        volume.recursive_read_only = true;
+        config.mounts.push(volume);
+        assert_eq!(suite.output_of(config), "refused\n");
+    }
     drop(late);
     drop(top);
-    match tried {
-        Ok(id) => {
-            assert_eq!(kubelet.exited(&id).exit_code, 0);
-            kubelet.remove_container(&id);
-            Ok(())
-        }
-        // containerd asks runc what it can, and knows no other runtime's.
-        Err(why) if why.message().contains("ecursive") => Ok(()),
-        Err(why) => panic!("{why}"),
-    }
+    Ok(())
 }
 
 pub(super) fn special_files(suite: &Suite) -> Outcome {

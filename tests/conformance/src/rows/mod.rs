@@ -1,6 +1,7 @@
 //! The rows, by number.
 
 mod containers;
+mod disks;
 mod files;
 mod network;
 mod node;
@@ -143,30 +144,22 @@ pub const ROWS: &[Row] = &[
     core(31, "/dev/shm: size, shared in the pod", pods::shared_memory),
     row(32, "updates of configMaps are seen", files::config_map),
     row(33, "subPath", files::sub_path),
-    row(34, "PVC on a block device", |_| {
-        skip("block devices are not attached to pods yet")
-    }),
-    row(35, "raw block volumes", |_| {
-        skip("block devices are not attached to pods yet")
-    }),
+    row(34, "PVC on a block device", disks::volume),
+    row(35, "raw block volumes", disks::raw),
     row(36, "devices, CDI, VFIO", security::devices),
     row(37, "image volumes", files::image_volume),
     core(38, "host name", pods::host_name),
     core(39, "DNS, hosts", pods::dns),
     row(40, "dual stack, MTU, host ports", network::addresses),
-    row(41, "two or more interfaces", |_| {
-        skip("containerd's CNI makes one; `cargo test -p e2e --test network` shows more")
-    }),
+    row(41, "two or more interfaces", network::two_interfaces),
     core(42, "port forwarding", network::port_forward),
     row(43, "UpdateContainerResources", resources::update),
     row(
         44,
-        "limits of the pod decide the VM's size",
+        "limits decide the VM's size, at its start and later",
         resources::pod_size,
     ),
-    row(45, "huge pages, CPU sets", |_| {
-        skip("guests have no huge pages of their own yet")
-    }),
+    row(45, "huge pages, CPU sets", resources::cpu_sets),
     row(
         46,
         "ulimits, OOM score, termination message",
@@ -203,9 +196,11 @@ pub const ROWS: &[Row] = &[
         "the guest panics: NotReady, nothing left",
         node::guest_panic,
     ),
-    row(50, "the daemon restarts: pods are kept", |_| {
-        skip("pods are threads of the daemon and end with it (isolation = \"thread\")")
-    }),
+    row(
+        50,
+        "the daemon restarts: pods are kept",
+        node::daemon_restart,
+    ),
     row(53, "stale state is cleaned up", node::stale_state),
     row(56, "many pods leave nothing", |_| {
         skip("`make soak` does that")

@@ -15,9 +15,25 @@ pub(super) fn addresses(suite: &Suite) -> Outcome {
         assert!(inside.contains(address.as_str()), "{address}: {inside}");
     }
     suite.with_node(|_| {
-        assert_eq!(addresses.len(), 2, "one of each family: {addresses:?}");
+        assert_eq!(
+            addresses.len(),
+            3,
+            "two of the first interface: {addresses:?}"
+        );
         assert!(inside.ends_with("\n1400\n"), "{inside}");
     })
+}
+
+/// The second is of a network of its own, as meta plugins such as Multus make it.
+pub(super) fn two_interfaces(suite: &Suite) -> Outcome {
+    suite.with_node(|_| ())?;
+    let shell = suite.shell();
+    let script =
+        "ip -o -4 address show eth1; ping -c 1 -w 20 10.214.7.1 | grep -c ' 0% packet loss'";
+    let seen = suite.kubelet.output(&shell, script);
+    assert!(seen.contains(" 10.214.7."), "{seen}");
+    assert!(seen.ends_with("\n1\n"), "{seen}");
+    Ok(())
 }
 
 pub(super) fn port_forward(suite: &Suite) -> Outcome {

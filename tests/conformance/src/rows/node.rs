@@ -5,7 +5,7 @@ use harness::eventually;
 use harness::kubelet::SOON;
 use nix::sys::signal::Signal;
 
-use crate::{Outcome, Suite};
+use crate::{Backend, Outcome, Suite, skip};
 
 pub(super) fn pause(suite: &Suite) -> Outcome {
     let kubelet = &suite.kubelet;
@@ -82,6 +82,39 @@ pub(super) fn guest_panic(suite: &Suite) -> Outcome {
     Ok(())
 }
 
+pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
+    if suite.backend != Some(Backend::Qemu) {
+        return skip("pods are threads of the daemon and end with it, by design; see row 53");
+    }
+    let kubelet = &suite.kubelet;
+    let config = suite.container(
+        "outlives",
+        "trap 'exit 6' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done",
+    );
+    let name = config.metadata.clone().unwrap().name;
+    let id = suite.pod().run_of(config);
+    kubelet.await_log(&name, "line 1");
+    suite.with_node(|node| node.world.daemon.kill_and_restart())?;
+    let pod = suite.pod().id;
+    assert_eq!(kubelet.pod_state(&pod), v1::PodSandboxState::SandboxReady);
+    let lines = kubelet.log(&name).lines().count();
+    eventually("more output", SOON, || {
+        (kubelet.log(&name).lines().count() > lines).then_some(())
+    });
+    eventually("a shell in the pod", SOON, || {
+        let ran = kubelet.try_exec(&id, "echo still here", 60).ok()?;
+        (ran.stdout == b"still here\n").then_some(())
+    });
+    kubelet.stop_container(&id, 60);
+    assert_eq!(kubelet.exited(&id).exit_code, 6);
+    kubelet.remove_container(&id);
+    suite.renew();
+    // Counted anew: another process.
+    suite.with_node(|node| {
+        node.world.before = harness::leftovers::Held::by(&node.world.daemon);
+    })
+}
+
 pub(super) fn stale_state(suite: &Suite) -> Outcome {
     let kubelet = &suite.kubelet;
     suite.with_node(|_| ())?;
@@ -89,9 +122,14 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
     let pod = suite.pod().id;
     let shell = suite.shell();
     suite.with_node(|node| {
-        node.world.daemon.kill_and_restart();
+        node.world.daemon.kill();
+        // As after a reboot of the node; VMs that are processes outlive the daemon.
+        node.world.daemon.end_vms();
+        node.world.daemon.start_again();
         let folder = node.world.daemon.state_dir().join(&pod);
-        assert!(!folder.exists(), "{} remains", folder.display());
+        eventually("the end of what the pod had", SOON, || {
+            (!folder.exists()).then_some(())
+        });
         // Counted anew: another process.
         node.world.before = harness::leftovers::Held::by(&node.world.daemon);
     })?;

@@ -66,6 +66,7 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ["{cni}"]
   conf_dir = "{dir}/cni"
+  max_conf_num = {networks}
 [plugins.'io.containerd.cri.v1.runtime'.containerd]
   default_runtime_name = "{handler}"
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{handler}]
@@ -78,6 +79,7 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
   io_type = "streaming"
 "#,
         common = common(dir, options),
+        networks = networks(options),
         sandboxer = sandboxer.display(),
         cni = options.line.installed().join("cni").display(),
         dir = dir.display(),
@@ -93,6 +95,7 @@ fn v1_7(dir: &Path, options: &Options) -> String {
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "{cni}"
   conf_dir = "{dir}/cni"
+  max_conf_num = {networks}
 [plugins."io.containerd.grpc.v1.cri".containerd]
   snapshotter = "{snapshotter}"
   default_runtime_name = "{handler}"
@@ -102,10 +105,16 @@ fn v1_7(dir: &Path, options: &Options) -> String {
 "#,
         common = common(dir, options),
         cni = options.line.installed().join("cni").display(),
+        networks = networks(options),
         snapshotter = options.snapshotter,
         handler = options.handler,
         dir = dir.display(),
     )
+}
+
+/// How many networks a pod is in.
+fn networks(options: &Options) -> u8 {
+    1 + u8::from(options.second_network)
 }
 
 /// Pods on a bridge, with addresses that are noted in the test's folder.
@@ -129,6 +138,20 @@ pub(super) fn write_cni(dir: &Path, subnet: &str) {
             },
         }],
     });
+    let second = json!({
+        "cniVersion": "1.0.0",
+        "name": "second",
+        "plugins": [{
+            "type": "ptp",
+            "mtu": 1300,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": dir.join("ipam"),
+                "ranges": [[{"subnet": "10.214.7.0/24"}]],
+            },
+        }],
+    });
     fs::create_dir_all(dir.join("cni")).expect("create a folder");
+    fs::write(dir.join("cni/20-second.conflist"), second.to_string()).expect("write CNI's config");
     fs::write(dir.join("cni/10-test.conflist"), conf.to_string()).expect("write CNI's config");
 }
