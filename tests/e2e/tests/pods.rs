@@ -67,6 +67,11 @@ fn a_guest_kernel_panic_ends_that_pod_only() {
     doomed.join().unwrap().expect_code(0);
     witness.join().unwrap().expect_code(0);
 
+    // Off unless the configuration has it.
+    let console = world.ctl.run(["debug-console", "witness"]);
+    console.expect_code(125);
+    assert!(console.stderr.contains("vm.debug_console"), "{console:?}");
+
     // The exec dies with its guest: an error of ours, not an exit code of the process.
     let crash = world.ctl.run([
         "exec",

@@ -71,7 +71,7 @@ pub(super) fn volume(suite: &Suite) -> Outcome {
     }
     let mut config = suite.container(
         "claim",
-        "echo kept > /data/file; sync; df -k /data | tail -n 1",
+        "echo kept > /data/file; sync; stat -f -c '%b %S' /data",
     );
     config.mounts.push(bind(&point, "/data"));
     let space = suite.output_of(config);
@@ -79,13 +79,9 @@ pub(super) fn volume(suite: &Suite) -> Outcome {
     umount2(&point, MntFlags::empty()).expect("nothing holds the volume");
     assert_eq!(read.unwrap(), "kept\n");
     // The volume's size, not that of the disk below.
-    let kib = space
-        .split_ascii_whitespace()
-        .find_map(|word| word.parse::<u64>().ok());
-    assert!(
-        kib.is_some_and(|kib| (8 << 10..=16 << 10).contains(&kib)),
-        "{space}"
-    );
+    let (blocks, size) = space.trim().split_once(' ').unwrap();
+    let bytes = blocks.parse::<u64>().unwrap() * size.parse::<u64>().unwrap();
+    assert!((8 << 20..=16 << 20).contains(&bytes), "{bytes}");
     Ok(())
 }
 

@@ -82,29 +82,26 @@ pub(super) fn guest_panic(suite: &Suite) -> Outcome {
     Ok(())
 }
 
+/// containerd hears of a broken connection, and has the kubelet restart the containers: in the
+/// pod as it is, with its network and what its volumes in memory hold.
 pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
     if suite.backend != Some(Backend::Qemu) {
         return skip("pods are threads of the daemon and end with it, by design; see row 53");
     }
     let kubelet = &suite.kubelet;
-    let config = suite.container(
-        "outlives",
-        "trap 'exit 6' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done",
-    );
-    let name = config.metadata.clone().unwrap().name;
-    let id = suite.pod().run_of(config);
-    kubelet.await_log(&name, "line 1");
+    let keep = suite.container("keeps", "echo kept > /dev/shm/note");
+    let _ = suite.output_of(keep);
     suite.with_node(|node| node.world.daemon.kill_and_restart())?;
     let pod = suite.pod().id;
     assert_eq!(kubelet.pod_state(&pod), v1::PodSandboxState::SandboxReady);
-    let lines = kubelet.log(&name).lines().count();
-    eventually("more output", SOON, || {
-        (kubelet.log(&name).lines().count() > lines).then_some(())
-    });
-    eventually("a shell in the pod", SOON, || {
-        let ran = kubelet.try_exec(&id, "echo still here", 60).ok()?;
-        (ran.stdout == b"still here\n").then_some(())
-    });
+    let config = suite.container(
+        "again",
+        "trap 'exit 6' TERM; cat /dev/shm/note; while :; do sleep 1; done",
+    );
+    let name = config.metadata.clone().unwrap().name;
+    let id = suite.pod().run_of(config);
+    kubelet.await_log(&name, "kept");
+    assert_eq!(kubelet.output(&id, "echo still here"), "still here\n");
     kubelet.stop_container(&id, 60);
     assert_eq!(kubelet.exited(&id).exit_code, 6);
     kubelet.remove_container(&id);
@@ -121,17 +118,14 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
     suite.renew();
     let pod = suite.pod().id;
     let shell = suite.shell();
-    suite.with_node(|node| {
+    let folder = suite.with_node(|node| {
         node.world.daemon.kill();
         // As after a reboot of the node; VMs that are processes outlive the daemon.
         node.world.daemon.end_vms();
         node.world.daemon.start_again();
-        let folder = node.world.daemon.state_dir().join(&pod);
-        eventually("the end of what the pod had", SOON, || {
-            (!folder.exists()).then_some(())
-        });
         // Counted anew: another process.
         node.world.before = harness::leftovers::Held::by(&node.world.daemon);
+        node.world.daemon.state_dir().join(&pod)
     })?;
     eventually("the pod's end", SOON, || {
         let state = kubelet.pod_state(&pod);
@@ -139,6 +133,7 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
     });
     let _ended = kubelet.exited(&shell);
     suite.renew();
+    assert!(!folder.exists(), "{} remains", folder.display());
     let next = suite.pod().id;
     assert_eq!(kubelet.pod_state(&next), v1::PodSandboxState::SandboxReady);
     Ok(())
