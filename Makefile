@@ -134,6 +134,11 @@ e2e:
 	$(STEP) "build the daemons and kuasar-e2e" -- $(CARGO) build --workspace --bins
 	@$(MAKE) --no-print-directory guest PROFILE=debug
 
+.PHONY: bench-containerd
+bench-containerd: build guest containerd ## Pods through containerd's CRI beside runc's; writes target/bench/containerd.json
+	$(STEP) "build the shims" -- $(CARGO) build --release -p shim
+	$(STEP) "containerd benchmark" -- $(CARGO) run --release -p bench --bin bench-containerd
+
 .PHONY: bench-template
 bench-template: build guest ## Clones of a template beside boots and QEMU's restore; writes target/bench/template.json
 	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86

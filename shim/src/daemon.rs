@@ -1,5 +1,6 @@
 //! The daemon's Controller.
 
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -92,7 +93,10 @@ impl Daemon {
             };
             match self.controller().wait(request).await {
                 Ok(answer) => return Ok(answer.into_inner()),
-                Err(status) if status.code() == Code::Unavailable => self.back().await,
+                // A connection that breaks while a call waits has many codes, but a cause here.
+                Err(status) if status.code() == Code::Unavailable || status.source().is_some() => {
+                    self.back().await;
+                }
                 Err(status) if status.code() == Code::NotFound => {
                     return Ok(api::ControllerWaitResponse {
                         exit_status: KILLED,

@@ -29,6 +29,20 @@ pub const HANDLER: &str = "kuasar-vmm";
 /// Runtime handler of pods that `wasm-sandboxer` runs.
 pub const WASM_HANDLER: &str = "kuasar-wasm";
 
+/// The image of the process that holds a pod's namespaces, for pods without a VM.
+pub const PAUSE: &str = "docker.io/library/pause:1";
+
+/// Why there is no runc to compare with, or `None` when there is.
+#[must_use]
+pub fn runc_missing() -> Option<String> {
+    let runc = Line::V2.installed().join("bin/runc");
+    match Command::new(&runc).arg("--version").output() {
+        Ok(out) if out.status.success() => None,
+        Ok(out) => Some(String::from_utf8_lossy(&out.stderr).trim().to_owned()),
+        Err(e) => Some(format!("{}: {e}; run scripts/containerd", runc.display())),
+    }
+}
+
 /// The shims that containerd looks for on its PATH: for pods of a proxy plugin, when it loads
 /// what it left; and for every pod in [`Mode::Shim`].
 pub const SHIMS: [&str; 4] = [
@@ -393,8 +407,9 @@ fn launch(line: Line, dir: &Path, netns: &NetNs, environment: &[(&str, PathBuf)]
         .open(dir.join("containerd.log"))
         .expect("create containerd's log");
     let path = format!(
-        "{}:/usr/sbin:/usr/bin:/sbin:/bin",
-        dir.join("bin").display()
+        "{}:{}:/usr/sbin:/usr/bin:/sbin:/bin",
+        dir.join("bin").display(),
+        line.installed().join("bin").display(),
     );
     let namespace = netns.open();
     let mut command = Command::new(line.installed().join("bin/containerd"));

@@ -105,6 +105,8 @@ pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
     kubelet.stop_container(&id, 60);
     assert_eq!(kubelet.exited(&id).exit_code, 6);
     kubelet.remove_container(&id);
+    // As the kubelet does first. It ends what containerd has lost sight of.
+    kubelet.stop_pod(&pod);
     suite.renew();
     // Counted anew: another process.
     suite.with_node(|node| {

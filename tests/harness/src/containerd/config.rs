@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{Line, Mode, Options};
+use super::{Line, Mode, Options, PAUSE, runc_missing};
 
 /// The configuration of a containerd in `dir` for the daemon on `sandboxer`.
 pub(super) fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
@@ -61,6 +61,8 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
 
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = "{snapshotter}"
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "{PAUSE}"
 [plugins.'io.containerd.cri.v1.runtime']
   netns_mounts_under_state_dir = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
@@ -77,7 +79,8 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
   runtime_type = "io.containerd.{handler}.{version}"
   sandboxer = "{name}"
   io_type = "streaming"
-"#,
+{runc}"#,
+        runc = if runc_missing().is_none() { RUNC } else { "" },
         common = common(dir, options),
         networks = networks(options),
         sandboxer = sandboxer.display(),
@@ -111,6 +114,11 @@ fn v1_7(dir: &Path, options: &Options) -> String {
         dir = dir.display(),
     )
 }
+
+/// The peer of benchmarks.
+const RUNC: &str = "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  runtime_type = \"io.containerd.runc.v2\"
+";
 
 /// How many networks a pod is in.
 fn networks(options: &Options) -> u8 {
