@@ -16,6 +16,9 @@ BIN     := target/$(PROFILE)
 AGENT   := target/guest/$(ARCH)/guest/vmm-task
 DEMO    := target/demo/rootfs
 STEP    := @scripts/step
+TEST    := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/scripts/test-runner $(CARGO) test --workspace
+# What pods do, whatever their VM is.
+QEMU_TESTS := container pods network images disks elastic
 
 .PHONY: help
 help: ## List the targets
@@ -28,11 +31,13 @@ run: setup build guest $(DEMO) ## Set up, build, and run a container in a microV
 
 .PHONY: test
 test: setup agent containerd ## Set up, build, and run all tests
-	$(STEP) "compile the tests" -- $(CARGO) test --workspace --no-run
-	$(STEP) "build the CLI and the daemon" -- $(CARGO) build --workspace --bins
+	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86
+	$(STEP) "build everything" -- $(CARGO) build --workspace --all-targets
 	$(MAKE) --no-print-directory guest PROFILE=debug
-	$(STEP) "unit and integration tests" -- $(CARGO) test --workspace --exclude e2e
-	$(STEP) "end-to-end tests" -- $(CARGO) test -p e2e -- --test-threads=1 --nocapture
+	$(STEP) "unit and integration tests" -- env TESTS=unit $(TEST)
+	$(STEP) "end-to-end tests" -- env TESTS=e2e $(TEST) --tests
+	$(STEP) "end-to-end tests in QEMU, translated" -- env BACKEND=qemu TESTS='$(QEMU_TESTS)' $(TEST) --tests
+	$(STEP) "end-to-end test in QEMU, on KVM" -- env BACKEND=qemu KUASAR_QEMU_ACCEL=kvm TESTS=container $(TEST) --tests
 	$(STEP) "conformance, the core rows" -- target/debug/kuasar-e2e run core
 	$(STEP) "soak, a little" -- target/debug/kuasar-e2e soak --sequential 2 --parallel 3
 
@@ -94,9 +99,9 @@ bench-hv: build guest ## The same work on each backend that is here; writes targ
 
 .PHONY: test-external
 test-external: agent ## The end-to-end tests in VMs of HV (qemu, cloud-hypervisor)
-	$(STEP) "build the CLI and the daemon" -- $(CARGO) build --workspace --bins
+	$(STEP) "build everything" -- $(CARGO) build --workspace --all-targets
 	$(MAKE) --no-print-directory guest PROFILE=debug
-	$(STEP) "end-to-end tests" -- env BACKEND=$(or $(HV),qemu) $(CARGO) test -p e2e -- --test-threads=1 --nocapture
+	$(STEP) "end-to-end tests" -- env BACKEND=$(or $(HV),qemu) TESTS='$(QEMU_TESTS)' $(TEST) --tests
 
 .PHONY: install
 install: setup build shim guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual

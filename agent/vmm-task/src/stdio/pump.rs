@@ -383,7 +383,7 @@ mod tests {
             let path = dir.path().join("s");
             let streams = Streams::default();
             let listener = Endpoint::Unix(path.clone()).listen().unwrap();
-            tokio::spawn(streams.clone().serve(listener));
+            tokio::spawn(streams.clone().serve(listener, None));
             Self {
                 streams,
                 path,

@@ -171,7 +171,6 @@ pub(super) fn pod_size(suite: &Suite) -> Outcome {
             cpu_period: 100_000,
             ..Default::default()
         }),
-        ..Default::default()
     };
     kubelet.cri.update_container_resources(request).unwrap();
     let grown = size();
