@@ -175,8 +175,13 @@ impl Control {
         (shares.saturating_mul(USUAL_TICKS) / 1024).clamp(1, MAX_TICKS)
     }
 
-    pub(super) fn set_handles(&self, handles: u64) {
-        self.group.handles.store(handles, Ordering::Release);
+    /// A part of the container's handles, for one guest.
+    pub(super) fn handles(&self) -> Handles {
+        Handles {
+            group: Arc::clone(&self.group),
+            counted: 0,
+            at: None,
+        }
     }
 
     pub(super) fn stats(&self) -> Stats {
@@ -218,6 +223,41 @@ impl Control {
             return Pass::Hold;
         }
         gate.throttle(Instant::now())
+    }
+}
+
+/// Handles up to which every count is worth its time.
+const FEW_HANDLES: u64 = 256;
+
+/// The handles of one guest, which count for its container until this is dropped.
+#[derive(Debug)]
+pub(super) struct Handles {
+    group: Arc<Group>,
+    counted: u64,
+    at: Option<Instant>,
+}
+
+impl Handles {
+    /// Whether it is time to count again: counting takes as long as there are handles.
+    pub(super) fn is_due(&self) -> bool {
+        self.counted <= FEW_HANDLES || self.at.is_none_or(|at| at.elapsed() >= TICK)
+    }
+
+    pub(super) fn set(&mut self, handles: u64) {
+        let sum = &self.group.handles;
+        if handles >= self.counted {
+            sum.fetch_add(handles - self.counted, Ordering::AcqRel);
+        } else {
+            sum.fetch_sub(self.counted - handles, Ordering::AcqRel);
+        }
+        self.counted = handles;
+        self.at = (handles > FEW_HANDLES).then(Instant::now);
+    }
+}
+
+impl Drop for Handles {
+    fn drop(&mut self) {
+        self.set(0);
     }
 }
 
@@ -430,6 +470,20 @@ mod tests {
         drop(guest);
         assert_eq!(control.gate().wakers.len(), 0);
         assert_eq!(control.stats().processes, 0);
+    }
+
+    #[test]
+    fn handles_of_all_guests_are_counted_together() {
+        let control = Control::new(&Limits::default());
+        let (mut one, mut two) = (control.handles(), control.exec().handles());
+        one.set(300);
+        assert!(!one.is_due() && two.is_due());
+        two.set(5);
+        assert_eq!(control.stats().handles, 305);
+        one.set(1);
+        assert_eq!(control.stats().handles, 6);
+        drop((one, two));
+        assert_eq!(control.stats().handles, 0);
     }
 
     #[test]

@@ -32,7 +32,8 @@ use crate::error::{Result, WasmError};
 /// Where components serve unless told otherwise.
 const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED), 8080);
 
-/// Requests that are waited for, in all; further ones wait in the kernel.
+/// Connections at once, and requests: whoever goes away leaves a request that is still worked
+/// on. Further ones wait in the kernel.
 const MAX_CONNECTIONS: usize = 1024;
 
 /// How long a client may take to send the head of a request.
@@ -83,11 +84,12 @@ impl<'a> Server<'a> {
         let mut connections = FuturesUnordered::new();
         loop {
             let open = !*closed.borrow();
+            let room = connections.len().max(running.len()) < MAX_CONNECTIONS;
             tokio::select! {
                 _ = &mut asked, if open => {
                     closing.send_replace(true);
                 }
-                accepted = self.listener.accept(), if open && connections.len() < MAX_CONNECTIONS => {
+                accepted = self.listener.accept(), if open && room => {
                     match accepted {
                         Ok((stream, _)) => {
                             connections.push(self.connection(stream, guests.clone(), closed.clone()));

@@ -111,15 +111,13 @@ impl Job {
     /// A store for one instance, with what the settings grant.
     pub(super) fn store(&self, stdin: Option<Input>, outputs: &Outputs) -> Result<Store<State>> {
         let limiter = Limiter::new(&self.account, &self.settings.limits);
-        let state = State::new(&self.settings, stdin, outputs, limiter)?;
+        let handles = self.control.handles();
+        let state = State::new(&self.settings, stdin, outputs, limiter, handles)?;
         let mut store = Store::new(&self.host.inner.engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_epoch_deadline(self.control.slice());
         let control = Arc::clone(&self.control);
-        store.epoch_deadline_callback(move |mut store| {
-            control.set_handles(store.data_mut().handles());
-            Ok(UpdateDeadline::Yield(control.slice()))
-        });
+        store.epoch_deadline_callback(move |_| Ok(UpdateDeadline::Yield(control.slice())));
         Ok(store)
     }
 
@@ -166,7 +164,6 @@ impl Job {
 
     async fn program(&self, mut store: Store<State>, starter: &Starter) -> Result<(u32, Ended)> {
         let result = self.call(&mut store, starter).await?;
-        self.control.set_handles(0);
         Ok(self.judge(result, store.data().limiter.refused))
     }
 

@@ -4,6 +4,7 @@ use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{FsPerms, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
+use super::control::Handles;
 use super::http::Outgoing;
 use super::memory::Limiter;
 use crate::config::{Mount, Network, Settings};
@@ -16,6 +17,7 @@ pub(crate) struct State {
     http: WasiHttpCtx,
     outgoing: Outgoing,
     pub(super) limiter: Limiter,
+    handles: Option<Handles>,
 }
 
 /// The streams of a guest, as all its handles share them.
@@ -32,6 +34,7 @@ impl State {
         stdin: Option<Input>,
         outputs: &Outputs,
         limiter: Limiter,
+        handles: Handles,
     ) -> Result<Self> {
         let mut builder = WasiCtx::builder();
         builder
@@ -63,6 +66,7 @@ impl State {
             http: WasiHttpCtx::new(),
             outgoing: Outgoing { allowed: networked },
             limiter,
+            handles: Some(handles),
         })
     }
 
@@ -73,16 +77,23 @@ impl State {
             http: WasiHttpCtx::new(),
             outgoing: Outgoing { allowed: false },
             limiter: Limiter::closed(),
+            handles: None,
         }
     }
 
     pub(crate) fn preview1(&mut self) -> &mut WasiP1Ctx {
+        self.count();
         &mut self.wasi
     }
 
-    /// How many handles the guest holds.
-    pub(super) fn handles(&mut self) -> u64 {
-        self.wasi.ctx().table.iter_mut().count() as u64
+    /// Counts the handles. Each host call passes here, so a guest that waits in one was counted
+    /// with all that it had before.
+    fn count(&mut self) {
+        if let Some(handles) = &mut self.handles
+            && handles.is_due()
+        {
+            handles.set(self.wasi.ctx().table.iter_mut().count() as u64);
+        }
     }
 }
 
@@ -107,6 +118,7 @@ fn preopen(builder: &mut WasiCtxBuilder, mount: &Mount) -> Result<()> {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.count();
         self.wasi.ctx()
     }
 }

@@ -43,6 +43,43 @@ async fn a_tcp_server_serves_where_it_may() {
 }
 
 #[tokio::test]
+async fn a_udp_server_serves_where_it_may() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::echo()).await;
+    let client = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let port = {
+        let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        free.local_addr().unwrap().port()
+    };
+    let denied = settings(&["udp", &port.to_string()]);
+    assert_eq!(run(&program, denied.clone()).await.0, 1);
+    let granted = Settings {
+        network: Network::Namespace,
+        ..denied
+    };
+    // A confined thread may do so as well.
+    let lane = Lane::start(LaneConfig {
+        seccomp: true,
+        ..LaneConfig::default()
+    })
+    .unwrap();
+    let mut server = start_on(&lane, &program, granted).await;
+    server.says("listening").await;
+    for text in ["one", "and another"] {
+        client
+            .send_to(text.as_bytes(), ("127.0.0.1", port))
+            .await
+            .unwrap();
+        let mut back = [0; 64];
+        let answer = tokio::time::timeout(LIMIT, client.recv_from(&mut back)).await;
+        let (bytes, from) = answer.expect("an answer").unwrap();
+        assert_eq!((&back[..bytes], from.port()), (text.as_bytes(), port));
+    }
+    server.process.signal(15);
+    assert_eq!(server.end().await.0.code, 143);
+}
+
+#[tokio::test]
 async fn names_are_looked_up_where_that_is_granted() {
     harness::skip_if!(harness::wasm::clang_missing());
     let program = load(&harness::wasm::echo()).await;
@@ -62,6 +99,17 @@ async fn names_are_looked_up_where_that_is_granted() {
         code == 0 && out.ends_with("addresses\n") && !out.starts_with('0'),
         "{out}"
     );
+}
+
+#[tokio::test]
+async fn a_component_knows_where_it_begins() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::echo()).await;
+    let begins = Settings {
+        cwd: Some("/work".to_owned()),
+        ..settings(&["cwd"])
+    };
+    assert_eq!(run(&program, begins).await.1, "/work\n");
 }
 
 async fn get(address: SocketAddr, path: &str) -> String {
@@ -108,6 +156,57 @@ async fn a_proxy_serves_requests_side_by_side() {
     let (exit, _, err) = server.end().await;
     assert_eq!(exit.code, 137);
     assert!(err.contains("unreachable"), "{err}");
+}
+
+#[tokio::test]
+async fn a_proxy_asks_other_servers_where_it_may() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let program = load(&harness::wasm::proxy()).await;
+    let upstream = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let asked = upstream.local_addr().unwrap();
+    let (heads, mut seen) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = upstream.accept().await {
+            let mut head = vec![0; 4096];
+            let bytes = client.read(&mut head).await.unwrap();
+            head.truncate(bytes);
+            let _ = heads.send(String::from_utf8(head).unwrap());
+            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nupstream\n";
+            client.write_all(answer).await.unwrap();
+        }
+    });
+    let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
+    let settings = Settings {
+        http_listen: Some(address),
+        network: Network::Namespace,
+        ..settings(&[])
+    };
+    let server = start(&program, settings.clone()).await;
+    let answer = get(address, &format!("/http?{asked}")).await;
+    assert!(answer.contains("upstream\n"), "{answer}");
+    let head = seen.recv().await.unwrap().to_lowercase();
+    assert!(
+        head.starts_with("get / http/1.1\r\n") && head.contains(&format!("host: {asked}")),
+        "{head}"
+    );
+    let nobody = format!("/http?127.0.0.1:{}", free_port());
+    let answer = get(address, &nobody).await;
+    assert!(answer.contains("no answer"), "{answer}");
+    let answer = get(address, &format!("/https?{asked}")).await;
+    assert!(!answer.contains("upstream"), "{answer}");
+    server.process.signal(15);
+    server.end().await;
+
+    let denied = Settings {
+        network: Network::Denied,
+        ..settings
+    };
+    let server = start(&program, denied).await;
+    let answer = get(address, &format!("/http?{asked}")).await;
+    assert!(!answer.contains("upstream"), "{answer}");
+    server.process.signal(15);
+    server.end().await;
+    assert!(seen.try_recv().is_err(), "nobody else asked");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Signals, pauses and ends, of guests that compute and of guests that wait.
 
 use super::*;
+use tokio::io::AsyncWriteExt;
 
 async fn spinning() -> Started {
     let mut started = start(&suite().await, settings(&["spin"])).await;
@@ -45,6 +46,52 @@ async fn a_guest_that_waits_for_input_is_ended() {
     process.signal(15);
     assert_eq!(process.wait().await.code, 143);
     drop(silent);
+}
+
+#[tokio::test]
+async fn a_guest_that_waits_for_a_file_is_ended() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut opening = settings(&["get", "/d/fifo"]);
+    opening.mounts = vec![wasm_host::Mount {
+        host: dir.path().to_owned(),
+        guest: "/d".to_owned(),
+        read_only: false,
+    }];
+    let lane = Lane::start(LaneConfig::default()).unwrap();
+    let started = start_on(&lane, &suite().await, opening).await;
+    started.process.signal(15);
+    assert_eq!(started.end().await.0.code, 143);
+    // Its helper thread is let go.
+    let _ = std::fs::File::options().write(true).read(true).open(fifo);
+}
+
+#[tokio::test]
+async fn a_paused_guest_does_not_leave_its_host_call() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let (mut typed, stdin) = tokio::io::duplex(64);
+    let (mut reader, out) = tokio::io::duplex(64);
+    let container = host().container(settings(&["cat"]));
+    let stdio = Stdio {
+        stdin: Some(Box::new(stdin)),
+        stdout: Some(Box::new(out)),
+        ..Default::default()
+    };
+    let process = container
+        .start(lane(), &suite().await, stdio)
+        .await
+        .unwrap();
+    container.pause();
+    typed.write_all(b"held").await.unwrap();
+    drop(typed);
+    let held = tokio::time::timeout(Duration::from_millis(300), process.wait()).await;
+    assert!(held.is_err(), "it went on: {held:?}");
+    container.resume();
+    let mut said = String::new();
+    reader.read_to_string(&mut said).await.unwrap();
+    assert_eq!((process.wait().await.code, said.as_str()), (0, "held"));
 }
 
 #[tokio::test]

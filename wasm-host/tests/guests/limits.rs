@@ -120,6 +120,121 @@ async fn a_quota_is_kept() {
     );
 }
 
+/// Lets all of them compute for a second of CPU time together: how much each had.
+async fn shared_out(hogs: &[Started]) -> Vec<Duration> {
+    let cpu = || -> Vec<Duration> {
+        let all = hogs.iter().map(|hog| hog.container.stats().cpu);
+        all.collect()
+    };
+    let before = cpu();
+    let had = || -> Vec<Duration> { cpu().iter().zip(&before).map(|(n, b)| *n - *b).collect() };
+    let second = async {
+        while had().iter().sum::<Duration>() < Duration::from_secs(1) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, second).await.expect("they run");
+    had()
+}
+
+#[tokio::test]
+async fn shares_weigh_containers_of_a_pod() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let lane = Lane::start(LaneConfig::default()).unwrap();
+    let mut hogs = Vec::new();
+    for cpu_shares in [512, 4096] {
+        let limits = Limits {
+            cpu_shares,
+            ..Default::default()
+        };
+        hogs.push(start_on(&lane, &suite().await, limited(&["spin"], limits)).await);
+    }
+    let had = shared_out(&hogs).await;
+    // Eight to one, as their turns are.
+    assert!(had[1] > had[0] * 4, "{had:?}");
+    hogs.iter().for_each(|hog| hog.process.signal(9));
+}
+
+#[tokio::test]
+async fn pods_share_a_cpu_evenly_however_many_programs_they_have() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    // Threads inherit where they may run: both lanes on one CPU.
+    let lanes = std::thread::spawn(|| {
+        let mut one = nix::sched::CpuSet::new();
+        let me = nix::unistd::Pid::from_raw(0);
+        let mine = nix::sched::sched_getaffinity(me).unwrap();
+        let first = (0..nix::sched::CpuSet::count()).find(|&cpu| mine.is_set(cpu) == Ok(true));
+        one.set(first.unwrap()).unwrap();
+        nix::sched::sched_setaffinity(me, &one).unwrap();
+        [0, 1].map(|_| Lane::start(LaneConfig::default()).unwrap())
+    });
+    let [greedy, modest] = lanes.join().unwrap();
+    let mut hogs = Vec::new();
+    for lane in [&modest, &greedy, &greedy, &greedy, &greedy, &greedy] {
+        hogs.push(start_on(lane, &suite().await, settings(&["spin"])).await);
+    }
+    let had = shared_out(&hogs).await;
+    let (modest, greedy) = (had[0], had[1..].iter().sum::<Duration>());
+    assert!(modest * 2 > greedy && modest < greedy * 2, "{had:?}");
+    hogs.iter().for_each(|hog| hog.process.signal(9));
+}
+
+#[tokio::test]
+async fn handles_of_waiting_guests_are_counted() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let dir = tempfile::tempdir().unwrap();
+    let hold = |n: &'static str| Settings {
+        mounts: vec![wasm_host::Mount {
+            host: dir.path().to_owned(),
+            guest: "/d".to_owned(),
+            read_only: true,
+        }],
+        ..settings(&["hold", "/d", n])
+    };
+    let mut few = start(&suite().await, hold("0")).await;
+    few.says("0 files").await;
+    let mut more = start(&suite().await, hold("40")).await;
+    more.says("40 files").await;
+    let counted = |started: &Started| started.container.stats().handles;
+    // They go on from their last word to their sleep.
+    let limit = tokio::time::timeout(LIMIT, async {
+        while counted(&more) < counted(&few) + 40 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    limit.await.expect("all are counted");
+    let container = more.container.clone();
+    for started in [few, more] {
+        started.process.signal(9);
+        started.end().await;
+    }
+    assert_eq!(container.stats().handles, 0);
+}
+
+#[tokio::test]
+async fn instances_and_memories_are_limited() {
+    harness::skip_if!(harness::wasm::clang_missing());
+    let several = load(&harness::wasm::suite_component()).await;
+    let two = load(b"(module (memory 1) (memory 1) (func (export \"_start\")))").await;
+    let one = Limits {
+        instances: 1,
+        memories: 1,
+        tables: 1,
+        ..Default::default()
+    };
+    for program in [several, two] {
+        let container = host().container(limited(&[], one.clone()));
+        let error = container
+            .start(lane(), &program, Stdio::default())
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("limit"), "{error}");
+        let started = start(&program, settings(&["args"])).await;
+        assert_eq!(started.end().await.0.code, 0);
+    }
+}
+
 #[tokio::test]
 async fn a_hog_takes_only_its_turns() {
     harness::skip_if!(harness::wasm::clang_missing());
@@ -150,12 +265,15 @@ async fn handles_and_tables_are_limited() {
         guest: "/d".to_owned(),
         read_only: true,
     }];
-    let (exit, out, err) = start(&suite().await, few).await.end().await;
-    let files: Option<u32> = out.split(' ').next().and_then(|n| n.parse().ok());
-    assert!(
-        files.is_some_and(|files| files < 50) || exit.code == 134,
-        "{out} {err} {exit:?}"
-    );
+    // A failure of a host function, which ends the one that called it.
+    let (exit, out, err) = start(&suite().await, few.clone()).await.end().await;
+    assert_eq!((exit.code, out.as_str()), (134, ""), "{err}");
+    assert!(err.contains("no free keys"), "{err}");
+    few.args = vec!["suite".into(), "hold".into(), "/d".into(), "40".into()];
+    let mut enough = start(&suite().await, few).await;
+    enough.says("40 files").await;
+    enough.process.signal(9);
+    enough.end().await;
 
     let program = load(
         b"(module (table 1 funcref) (func (export \"_start\")
