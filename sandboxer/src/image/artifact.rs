@@ -32,6 +32,30 @@ pub(super) fn program(manifest: &ImageManifest) -> Option<Descriptor> {
     manifest.layers().iter().find(is_program).cloned()
 }
 
+/// Configurations of images, as opposed to artifacts of any kind.
+const IMAGES: [&str; 2] = [
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+];
+
+/// Refuses artifacts that hold something else than a program.
+pub(super) fn check_type(manifest: &ImageManifest) -> Result<(), ImageError> {
+    let config = manifest.config().media_type().to_string();
+    if IMAGES.contains(&config.as_str()) {
+        return Ok(());
+    }
+    let layers = manifest.layers().iter();
+    let layers: Vec<_> = layers.map(|layer| layer.media_type().to_string()).collect();
+    Err(ImageError::malformed(
+        "artifact",
+        &format!(
+            "it is no image ({config}) and no WebAssembly program, whose layer is {}; its layers are {}",
+            PROGRAMS[0],
+            layers.join(", "),
+        ),
+    ))
+}
+
 /// An image with nothing but the program.
 pub(super) fn choose(
     files: Files,

@@ -42,6 +42,7 @@ pub(super) fn choose(files: Files, selector: Option<&str>) -> Result<Chosen, Ima
     if let Some(program) = artifact::program(&manifest) {
         return artifact::choose(files, digest, &program);
     }
+    artifact::check_type(&manifest)?;
     let config = configuration(&files, &manifest)?;
     check_platform(&config)?;
     let ids = diff_ids(&config, manifest.layers().len())?;

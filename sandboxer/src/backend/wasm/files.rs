@@ -31,8 +31,11 @@ pub(super) fn arrange(spec: &Spec) -> Vec<wasm_host::Mount> {
                 None
             }
             Source::Memory(options) => {
-                place(&spec.root, wanted, |target| memory(options, target));
-                None
+                let mounted = place(&spec.root, wanted, |target| memory(options, target));
+                // Below a root that is read-only it needs its own mode. The programs cannot move
+                // what lies on the way there then.
+                let own = mounted && spec.read_only;
+                own.then(|| spec.root.join(wanted.destination.trim_start_matches('/')))
             }
         };
         folders.extend(folder.map(|host| wasm_host::Mount {
@@ -45,8 +48,9 @@ pub(super) fn arrange(spec: &Spec) -> Vec<wasm_host::Mount> {
 }
 
 /// Mounts something on its place in the root file system. A root without that place, which
-/// cannot be written to, is no reason not to run a program that may not need it.
-fn place(root: &Path, wanted: &Mount, mounting: impl FnOnce(&Path) -> io::Result<()>) {
+/// cannot be written to, is no reason not to run a program that may not need it. Whether it is
+/// mounted.
+fn place(root: &Path, wanted: &Mount, mounting: impl FnOnce(&Path) -> io::Result<()>) -> bool {
     let is_dir = matches!(wanted.source, Source::Memory(_));
     let mounted = target(root, &wanted.destination, is_dir).and_then(|target| {
         mounting(&PathBuf::from(format!(
@@ -54,9 +58,10 @@ fn place(root: &Path, wanted: &Mount, mounting: impl FnOnce(&Path) -> io::Result
             target.as_raw_fd()
         )))
     });
-    if let Err(e) = mounted {
+    if let Err(e) = &mounted {
         warn!("the container goes without {}: {e}", wanted.destination);
     }
+    mounted.is_ok()
 }
 
 /// Opens the place `destination` below `root`, making it where it is missing, without leaving

@@ -14,7 +14,8 @@ use crate::pod::PodError;
 /// Environment that says where an HTTP component serves, as runwasi has it.
 const HTTP_LISTEN: &str = "WASMTIME_HTTP_PROXY_SOCKET_ADDR";
 
-/// Mount points that only a Linux system has a use for.
+/// Where file systems are that only a Linux system has a use for. What the user puts there, such
+/// as the kubelet's file for last words, is a bind.
 const SYSTEM: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// A process of a spec.
@@ -152,15 +153,17 @@ impl Spec {
 impl Mount {
     fn of(mount: &Value, share: &Path) -> Option<Self> {
         let destination = text(mount, "destination");
+        let options = strings(mount.get("options"));
+        let is_bind =
+            text(mount, "type") == "bind" || options.iter().any(|o| o == "bind" || o == "rbind");
         let system = SYSTEM
             .iter()
             .any(|&top| Path::new(destination).starts_with(top));
-        if system || !destination.starts_with('/') {
+        if (system && !is_bind) || !destination.starts_with('/') {
             return None;
         }
-        let options = strings(mount.get("options"));
-        let is_bind = options.iter().any(|o| o == "bind" || o == "rbind");
         let source = match text(mount, "type") {
+            _ if is_bind => Source::Bind(on_host(text(mount, "source"), share)?),
             "tmpfs" => {
                 let data: Vec<_> = options
                     .iter()
@@ -169,8 +172,6 @@ impl Mount {
                     .collect();
                 Source::Memory(data.join(","))
             }
-            "bind" => Source::Bind(on_host(text(mount, "source"), share)?),
-            _ if is_bind => Source::Bind(on_host(text(mount, "source"), share)?),
             other => {
                 warn!("a WebAssembly container has no {other} on {destination}");
                 return None;

@@ -3,18 +3,17 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::time::Duration;
 
-use harness::containerd::{Containerd, Options, WASM_HANDLER, containerd_missing};
+use harness::containerd::{Containerd, Line, Mode, Options, WASM_HANDLER};
 use harness::cri::v1;
 use harness::image::{Image, Layer};
 use harness::{eventually, skip_if, wasm};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
-use super::{World, missing};
+use super::{SOON, World, missing};
 
 const IMAGE: &str = "docker.io/library/programs:1";
-const SOON: Duration = Duration::from_secs(30);
 
 /// containerd, and the one pod of a test.
 struct Node {
@@ -160,8 +159,10 @@ impl Node {
 }
 
 fn life_of_a_pod(options: &Options) {
-    let node = Node::new(options);
-    let cri = &node.containerd.cri;
+    let mut node = Node::new(options);
+    let shims = node.containerd.shims();
+    let expected = usize::from(options.mode == Mode::Shim);
+    assert_eq!(shims.len(), expected, "one for the pod: {shims:?}");
     let say = node.run("say", &["/suite.wasm", "say", "to stdout", "to stderr"]);
     assert_eq!(node.exited(&say).exit_code, 0);
     let log = node.log("say");
@@ -180,6 +181,19 @@ fn life_of_a_pod(options: &Options) {
         "GET / HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n",
     );
     assert!(answer.contains("Hello from a component"), "{answer}");
+
+    // What it uses is measured, also for a containerd that was killed and came back.
+    node.containerd.restart(Signal::SIGKILL);
+    assert_eq!(node.containerd.shims(), shims, "they stay as they are");
+    let cri = &node.containerd.cri;
+    let request = v1::ContainerStatsRequest {
+        container_id: echo.clone(),
+    };
+    let used = cri.container_stats(request).unwrap().stats.unwrap();
+    let memory = used.memory.unwrap().working_set_bytes.unwrap().value;
+    assert!(memory >= 64 << 10, "a page at least: {memory}");
+    assert!(used.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
+    assert_eq!(node.ask(7007, "still here"), "still here");
 
     // Another program beside one that runs.
     let done = cri
@@ -220,6 +234,9 @@ fn life_of_a_pod(options: &Options) {
         pod_sandbox_id: node.pod.clone(),
     };
     cri.remove_pod_sandbox(request).unwrap();
+    eventually("the end of the pod's shim", SOON, || {
+        node.containerd.shims().is_empty().then_some(())
+    });
     assert_eq!(node.containerd.leftovers(), [""; 0]);
     drop(node.containerd);
     node.world.before.assert_back(&node.world.daemon);
@@ -227,21 +244,32 @@ fn life_of_a_pod(options: &Options) {
 
 #[test]
 fn a_pod_of_the_kubelet_runs_programs_and_leaves_nothing() {
-    skip_if!(missing());
-    skip_if!(containerd_missing());
-    life_of_a_pod(&Options {
-        handler: WASM_HANDLER,
-        ..Options::default()
-    });
+    pod_by(Line::V2, Mode::Proxy, "fifo");
 }
 
 #[test]
 fn streams_take_the_place_of_fifos() {
+    pod_by(Line::V2, Mode::Proxy, "streaming");
+}
+
+#[test]
+fn containerd_2_runs_programs_through_shims() {
+    pod_by(Line::V2, Mode::Shim, "fifo");
+}
+
+#[test]
+fn containerd_1_7_runs_programs_through_shims() {
+    pod_by(Line::V1_7, Mode::Shim, "fifo");
+}
+
+fn pod_by(line: Line, mode: Mode, io_type: &'static str) {
     skip_if!(missing());
-    skip_if!(containerd_missing());
+    skip_if!(line.missing());
     life_of_a_pod(&Options {
         handler: WASM_HANDLER,
-        io_type: "streaming",
+        line,
+        mode,
+        io_type,
         ..Options::default()
     });
 }

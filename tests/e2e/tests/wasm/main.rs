@@ -10,10 +10,12 @@
 mod containerd;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use harness::ctl::Ctl;
 use harness::daemon::Daemon;
 use harness::leftovers::Held;
+use harness::pty::OnPty;
 use harness::{skip_if, wasm};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -46,6 +48,9 @@ impl World {
         wasm::file(self.scratch.path(), name, bytes)
     }
 }
+
+/// The longest that anything here takes.
+const SOON: Duration = Duration::from_secs(30);
 
 /// Why these tests cannot run here.
 fn missing() -> Option<String> {
@@ -93,6 +98,17 @@ fn the_cli_runs_programs() {
     let done = run(&["run", "--timeout", "1s", suite, "--", "spin"]);
     assert_eq!(done.code, Some(124), "{done:?}");
 
+    // A terminal, if the CLI has one.
+    let mut pty = OnPty::spawn(
+        world.ctl.command(["run", "-it", suite, "--", "cat"]),
+        30,
+        100,
+    );
+    pty.type_in("typed\n");
+    pty.wait_for("typed\r\ntyped\r\n", SOON);
+    pty.type_in("\x03");
+    assert_eq!(pty.finish(SOON), Some(130), "{}", pty.shown);
+
     // What cannot run says why.
     let broken = world.program("broken.wasm", b"\0asm\x01\0\0\0\xff");
     let done = run(&["run", broken.to_str().unwrap()]);
@@ -114,9 +130,9 @@ fn the_cli_runs_programs() {
     world.before.assert_back(&world.daemon);
 }
 
-/// An OCI layout with a Wasm artifact, as `wkg` and others push it.
-fn artifact(dir: &Path, program: &[u8]) -> PathBuf {
-    let layout = dir.join("layout");
+/// An OCI layout with a Wasm artifact, as `wkg` and others push it, or another of type `media`.
+fn artifact(dir: &Path, name: &str, program: &[u8], media: &str) -> PathBuf {
+    let layout = dir.join(name);
     let blobs = layout.join("blobs/sha256");
     std::fs::create_dir_all(&blobs).unwrap();
     let put = |content: &[u8], media: &str| {
@@ -131,7 +147,7 @@ fn artifact(dir: &Path, program: &[u8]) -> PathBuf {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": config,
-        "layers": [put(program, "application/wasm")],
+        "layers": [put(program, media)],
     });
     let media = "application/vnd.oci.image.manifest.v1+json";
     let manifest = put(manifest.to_string().as_bytes(), media);
@@ -151,9 +167,19 @@ fn artifacts_and_images_hold_programs() {
     let world = World::new("");
     let images = world.scratch.path().join("images");
     let ctl = world.ctl.clone().env("KUASAR_CACHE_DIR", images);
-    let layout = artifact(world.scratch.path(), &wasm::suite());
-    let done = ctl.run(["run", layout.to_str().unwrap(), "--", "args"]);
+    let run = |name: &str, media: &str| {
+        let layout = artifact(world.scratch.path(), name, &wasm::suite(), media);
+        ctl.run(["run", layout.to_str().unwrap(), "--", "args"])
+    };
+    let done = run("layout", "application/wasm");
     assert_eq!(done.expect_code(0).stdout, "/app.wasm\nargs\n");
+    let done = run("other", "application/vnd.acme.rocket");
+    assert_ne!(done.code, Some(0));
+    assert!(
+        done.stderr.contains("no WebAssembly program")
+            && done.stderr.contains("application/vnd.acme.rocket"),
+        "{done:?}"
+    );
 
     let layer = harness::image::Layer::new().file("bin/suite.wasm", 0o644, &wasm::suite());
     let config = json!({
