@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::arch;
 use crate::device_set::DeviceSet;
 use crate::host::Host;
-use crate::memory::HOTPLUG_ALIGN_BYTES;
+use crate::memory::{HOTPLUG_ALIGN_BYTES, HUGE_PAGE_BYTES};
 
 /// Fewest bytes of memory a Linux guest boots with.
 pub const MIN_MEMORY_BYTES: u64 = 64 << 20;
@@ -74,6 +74,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest memory in bytes: a multiple of 4096, at least [`MIN_MEMORY_BYTES`].
     pub memory_bytes: u64,
+    /// Guest memory in the host's huge pages of 2 MiB, of which it is a multiple then, all
+    /// taken when the machine is built.
+    pub huge_pages: bool,
     /// Kernel image: a 64-bit ELF `vmlinux` or a `bzImage`.
     pub kernel: PathBuf,
     /// Initial RAM file system, handed to the kernel as it is.
@@ -97,6 +100,7 @@ impl MachineConfig {
             name: name.into(),
             vcpus: 1,
             memory_bytes: 128 << 20,
+            huge_pages: false,
             kernel: kernel.into(),
             initramfs: None,
             cmdline: String::new(),
@@ -119,9 +123,15 @@ impl MachineConfig {
                 most: most_vcpus,
             });
         }
-        if self.memory_bytes < MIN_MEMORY_BYTES || !self.memory_bytes.is_multiple_of(4096) {
+        let page_bytes = if self.huge_pages {
+            HUGE_PAGE_BYTES
+        } else {
+            4096
+        };
+        if self.memory_bytes < MIN_MEMORY_BYTES || !self.memory_bytes.is_multiple_of(page_bytes) {
             return Err(ConfigError::Memory {
                 value: self.memory_bytes,
+                page_bytes,
             });
         }
         let host_bytes = host.facts().memory_bytes;
@@ -288,10 +298,14 @@ pub enum ConfigError {
         most: u32,
     },
     /// Memory too small or not in whole pages.
-    #[error("memory_bytes = {value}: use a multiple of 4096, at least {MIN_MEMORY_BYTES} (64 MiB)")]
+    #[error(
+        "memory_bytes = {value}: use a multiple of {page_bytes}, at least {MIN_MEMORY_BYTES} (64 MiB)"
+    )]
     Memory {
         /// As configured.
         value: u64,
+        /// Size of its pages.
+        page_bytes: u64,
     },
     /// Memory to be plugged in that Linux cannot use.
     #[error("devices: {value} bytes of memory to be plugged in: use a multiple of 128 MiB")]

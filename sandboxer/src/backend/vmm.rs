@@ -14,6 +14,7 @@ use external_hv::HvError;
 use tracing::warn;
 use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
+use vmm_core::memory::HUGE_PAGE_BYTES;
 use vmm_core::vm::{Disk, Vm, VmError};
 use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
 
@@ -122,6 +123,10 @@ impl VmmBackend {
         };
         let templates = match config.templates.mode {
             TemplateMode::Off => None,
+            TemplateMode::Auto if config.vm.huge_pages => {
+                warn!("pods boot instead of being cloned: vm.huge_pages is set");
+                None
+            }
             TemplateMode::Auto => Self::templates(&config, &host, &identity, &guest)
                 .inspect_err(|why| warn!("pods boot instead of being cloned: {why}"))
                 .ok(),
@@ -222,7 +227,11 @@ impl VmmBackend {
         let vm = &self.vm;
         format!(
             "{DEVICES} net*{} disk*{} balloon={} max_memory={:?} max_vcpus={:?}",
-            vm.net_slots, vm.disk_slots, vm.balloon, vm.max_memory, vm.max_vcpus
+            vm.net_slots,
+            vm.disk_slots,
+            vm.gives_memory_back(),
+            vm.max_memory,
+            vm.max_vcpus
         )
     }
 
@@ -231,6 +240,11 @@ impl VmmBackend {
         let mut machine = MachineConfig::new(name, &self.guest.kernel);
         machine.vcpus = self.vm.most(vcpus, memory_bytes).vcpus;
         machine.memory_bytes = memory_bytes;
+        machine.huge_pages = self.vm.huge_pages;
+        if machine.huge_pages {
+            let rounded = memory_bytes.checked_next_multiple_of(HUGE_PAGE_BYTES);
+            machine.memory_bytes = rounded.unwrap_or(memory_bytes);
+        }
         machine.initramfs = Some(self.guest.initramfs.clone());
         machine.cmdline.clone_from(&self.vm.kernel_params);
         if machine.vcpus > vcpus {
@@ -292,7 +306,7 @@ fn devices(
             .with_net(NetConfig::new(mac))
             .map_err(backend_error)?;
     }
-    if vm.balloon {
+    if vm.gives_memory_back() {
         devices = devices.with_balloon();
     }
     let most = vm.most(0, memory_bytes).memory_bytes;

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use bytesize::ByteSize;
 use devices::virtio::fs::CachePolicy;
 use guest_image::{Cache, GuestError, GuestImage};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use vmm_core::config::MAX_VCPUS;
@@ -50,6 +52,11 @@ pub struct Vm {
     pub max_vcpus: Option<u32>,
     /// Whether free memory of the guest goes back to the host.
     pub balloon: bool,
+    /// Guest memory in the host's huge pages of 2 MiB, all taken when the pod starts. Such
+    /// pods boot, since clones of a template share small pages, and give no memory back.
+    pub huge_pages: bool,
+    /// CPUs of the host that run vCPUs; empty: all.
+    pub cpu_affinity: Vec<usize>,
     /// Added to the memory limit of a pod that has one, for the guest's kernel and agent.
     pub memory_overhead: ByteSize,
     /// The guest kernel, an ELF `vmlinux` or a bzImage. `KUASAR_KERNEL` overrides
@@ -87,6 +94,8 @@ impl Default for Vm {
             max_memory: None,
             max_vcpus: None,
             balloon: true,
+            huge_pages: false,
+            cpu_affinity: Vec::new(),
             memory_overhead: ByteSize::mib(48),
             kernel: None,
             initramfs: None,
@@ -113,6 +122,34 @@ impl Vm {
         }
     }
 
+    /// Whether machines have a balloon.
+    pub(crate) fn gives_memory_back(&self) -> bool {
+        self.balloon && !self.huge_pages
+    }
+
+    /// A CPU of [`Self::cpu_affinity`] that is not there.
+    fn missing_cpu(&self) -> Option<usize> {
+        let usable = sched_getaffinity(Pid::from_raw(0)).ok()?;
+        let is_missing = |cpu: &usize| !usable.is_set(*cpu).unwrap_or(false);
+        self.cpu_affinity.iter().copied().find(is_missing)
+    }
+
+    /// Keeps these threads on the configured CPUs.
+    ///
+    /// # Errors
+    /// A CPU has gone since the daemon was started.
+    pub(crate) fn pin(&self, threads: &[i32]) -> nix::Result<()> {
+        if self.cpu_affinity.is_empty() {
+            return Ok(());
+        }
+        let mut cpus = CpuSet::new();
+        for cpu in &self.cpu_affinity {
+            cpus.set(*cpu)?;
+        }
+        let pin = |thread: &i32| sched_setaffinity(Pid::from_raw(*thread), &cpus);
+        threads.iter().try_for_each(pin)
+    }
+
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let wrong = |key, value: String, fix| {
             Err(ConfigError::Value {
@@ -130,6 +167,14 @@ impl Vm {
         {
             let value = shell.display().to_string();
             return wrong("vm.debug_console", value, "must be a program of this host");
+        }
+        if self.huge_pages && self.max_memory.is_some() {
+            let fix = "must be unset with vm.huge_pages, which takes all memory at the start";
+            return wrong("vm.max_memory", "set".to_owned(), fix);
+        }
+        if let Some(cpu) = self.missing_cpu() {
+            let fix = "must list CPUs that this host has online and this process may use";
+            return wrong("vm.cpu_affinity", cpu.to_string(), fix);
         }
         if self.net_slots > MAX_NET_SLOTS {
             let value = self.net_slots.to_string();

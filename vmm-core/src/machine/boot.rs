@@ -27,8 +27,11 @@ impl Machine {
             hotplug_bytes: config.devices.hotplug_bytes(),
         };
         let bytes = size.total_bytes();
-        let ram = GuestRam::new(&config.name, size)
-            .map_err(|source| BuildError::Memory { bytes, source })?;
+        let ram = match config.huge_pages {
+            true => GuestRam::huge(&config.name, size),
+            false => GuestRam::new(&config.name, size),
+        };
+        let ram = ram.map_err(|source| BuildError::Memory { bytes, source })?;
         let threads = VmThreads::new(&config.name, ExitNotice::new())
             .map_err(BuildError::thread("system call filter"))?;
         let frame = Frame::new(threads, &config.console, shell, ram, config.devices, phases)?;

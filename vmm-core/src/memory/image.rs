@@ -33,7 +33,7 @@ impl MemoryImage {
     /// # Errors
     /// When something still maps it for writing, or it is a clone's.
     pub(crate) fn of(ram: GuestRam) -> io::Result<Self> {
-        let Backing::Own(file) = ram.backing.clone() else {
+        let Backing::Own { file, .. } = ram.backing.clone() else {
             return Err(io::Error::other(
                 "the memory of a clone cannot become an image",
             ));
@@ -54,7 +54,7 @@ impl MemoryImage {
     /// When a chunk cannot be read or is not what was written, or the host has no memory
     /// for it.
     pub(crate) fn load(stored: &StoredMemory) -> io::Result<Self> {
-        let file = sealable_memfd("template", stored.bytes())?;
+        let file = sealable_memfd("template", stored.bytes(), false)?;
         let mut buffer = vec![0; CHUNK_BYTES];
         for chunk in stored.chunks().iter() {
             file.write_all_at(stored.read(chunk, &mut buffer)?, chunk.offset())?;

@@ -66,6 +66,9 @@ impl From<u64> for RamSize {
 /// Linux on x86-64 adds memory in blocks of this many bytes.
 pub const HOTPLUG_ALIGN_BYTES: u64 = 128 << 20;
 
+/// Size of a huge page.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// RAM of one machine. Clones of this value share it; it is freed with the last one.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
@@ -79,8 +82,8 @@ pub struct GuestRam {
 /// Whose pages a machine runs on.
 #[derive(Clone, Debug)]
 pub(crate) enum Backing {
-    /// A memfd of its own, mapped shared.
-    Own(Arc<File>),
+    /// A memfd of its own, mapped shared; maybe of huge pages.
+    Own { file: Arc<File>, huge: bool },
     /// An image: only what the machine writes is its own.
     Image(MemoryImage),
 }
@@ -89,7 +92,9 @@ impl Backing {
     /// What to map and how.
     fn mapping(&self) -> (Option<&Arc<File>>, libc::c_int) {
         let (file, sharing) = match self {
-            Self::Own(file) => (Some(file), libc::MAP_SHARED),
+            // Reserved, or a fault that finds no huge page would end this process.
+            Self::Own { file, huge: true } => return (Some(file), libc::MAP_SHARED),
+            Self::Own { file, huge: false } => (Some(file), libc::MAP_SHARED),
             Self::Image(image) => match image.memfd() {
                 Some(file) => (Some(file), libc::MAP_PRIVATE),
                 None => (None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
@@ -109,13 +114,32 @@ impl GuestRam {
     /// # Errors
     /// When the host cannot create or map it.
     pub fn new(name: &str, size: impl Into<RamSize>) -> io::Result<Self> {
-        let size = size.into();
-        let file = sealable_memfd(name, size.total_bytes())?;
+        Self::of_pages(name, size.into(), false)
+    }
+
+    /// [`Self::new`] in huge pages of [`HUGE_PAGE_BYTES`], all of them taken from the host at
+    /// once; `size` is a multiple of that.
+    ///
+    /// # Errors
+    /// When the host has too few free ones.
+    pub fn huge(name: &str, size: impl Into<RamSize>) -> io::Result<Self> {
+        Self::of_pages(name, size.into(), true).map_err(|err| {
+            let why = format!(
+                "{err}; are enough huge pages of 2 MiB free on this host (HugePages_Free in \
+                 /proc/meminfo, the sysctl vm.nr_hugepages)?"
+            );
+            io::Error::new(err.kind(), why)
+        })
+    }
+
+    fn of_pages(name: &str, size: RamSize, huge: bool) -> io::Result<Self> {
+        let file = sealable_memfd(name, size.total_bytes(), huge)?;
         fcntl(
             &file,
             FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW),
         )?;
-        Self::map(Backing::Own(Arc::new(file)), size)
+        let file = Arc::new(file);
+        Self::map(Backing::Own { file, huge }, size)
     }
 
     fn map(backing: Backing, size: RamSize) -> io::Result<Self> {
@@ -163,7 +187,7 @@ impl GuestRam {
     /// When the memory cannot be examined.
     pub fn resident_bytes(&self) -> io::Result<u64> {
         match &self.backing {
-            Backing::Own(file) => allocated_bytes(file),
+            Backing::Own { file, .. } => allocated_bytes(file),
             Backing::Image(_) => private::bytes(&self.mapped),
         }
     }
@@ -177,7 +201,7 @@ impl GuestRam {
     /// As the file's writes.
     pub(crate) fn write_to(&self, to: &File, base: Option<&ChunkList>) -> io::Result<ChunkList> {
         match &self.backing {
-            Backing::Own(file) => {
+            Backing::Own { file, .. } => {
                 let mut writer = ChunkWriter::new(to, base);
                 let bytes = self.size.total_bytes();
                 chunks::for_each_chunk(file, bytes, |at, chunk| writer.add(at, chunk))?;
@@ -208,8 +232,12 @@ fn allocated_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks().saturating_mul(512))
 }
 
-fn sealable_memfd(name: &str, bytes: u64) -> io::Result<File> {
-    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+fn sealable_memfd(name: &str, bytes: u64, huge: bool) -> io::Result<File> {
+    let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    if huge {
+        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    }
+    let fd = memfd_create(name, flags)?;
     let file = File::from(fd);
     file.set_len(bytes)?;
     Ok(file)
@@ -303,6 +331,24 @@ mod tests {
         let resident = ram.resident_bytes().unwrap();
         assert!((4096..=4 << 20).contains(&resident), "{resident}");
         assert_eq!(ram.guest_memory().last_addr().0, (64 << 20) - 1);
+    }
+
+    #[test]
+    fn huge_pages_are_taken_at_once_or_not_at_all() {
+        let size = 2 * HUGE_PAGE_BYTES;
+        let ram = match GuestRam::huge("test", size) {
+            Ok(ram) => ram,
+            Err(err) => return println!("skipped: {err}"),
+        };
+        ram.guest_memory().write_obj(5_u8, GuestAddress(9)).unwrap();
+        assert_eq!(ram.resident_bytes().unwrap(), HUGE_PAGE_BYTES);
+        let copy = tempfile::tempfile().unwrap();
+        ram.write_to(&copy, None).unwrap();
+        let too_many = GuestRam::huge("test", 1_u64 << 40).unwrap_err();
+        assert!(
+            too_many.to_string().contains("vm.nr_hugepages"),
+            "{too_many}"
+        );
     }
 
     #[test]
