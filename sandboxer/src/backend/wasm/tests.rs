@@ -1,5 +1,8 @@
 //! The daemon over its real sockets, with WebAssembly pods.
 
+mod grants;
+mod scale;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +54,8 @@ fn a_spec_grants_what_it_says() {
              "options": ["rbind", "ro"]},
             {"destination": "/tmp", "type": "tmpfs", "options": ["nosuid", "size=1m"]},
             {"destination": "/out", "type": "bind", "source": "/etc", "options": ["rbind"]},
+            {"destination": "/dev/termination-log", "type": "bind",
+             "source": format!("{share}/c1/mounts/1"), "options": ["rbind", "rw"]},
         ],
         "linux": {"resources": {
             "memory": {"limit": 1_048_576},
@@ -73,6 +78,11 @@ fn a_spec_grants_what_it_says() {
         Mount {
             source: Source::Memory("size=1m".to_owned()),
             destination: "/tmp".to_owned(),
+            read_only: false,
+        },
+        Mount {
+            source: Source::Bind("/share/c1/mounts/1".into()),
+            destination: "/dev/termination-log".to_owned(),
             read_only: false,
         },
     ];
@@ -189,15 +199,19 @@ struct Tasks {
 impl Tasks {
     /// Makes a bundle whose root file system holds the suite, and creates a container of it.
     async fn create(&self, id: &str, process: Value, resources: Value) -> ttrpc::Result<PathBuf> {
+        let spec = json!({
+            "ociVersion": "1.1.0", "process": process, "root": {"path": "rootfs"},
+            "linux": {"resources": resources},
+        });
+        self.create_with(id, &spec).await
+    }
+
+    async fn create_with(&self, id: &str, spec: &Value) -> ttrpc::Result<PathBuf> {
         let bundle = self.root.join(id);
         let rootfs = bundle.join("rootfs");
         std::fs::create_dir_all(&rootfs).unwrap();
         std::fs::write(rootfs.join("suite.wasm"), harness::wasm::suite()).unwrap();
         std::fs::write(rootfs.join("busybox"), b"\x7fELF\x02\x01\x01").unwrap();
-        let spec = json!({
-            "ociVersion": "1.1.0", "process": process, "root": {"path": "rootfs"},
-            "linux": {"resources": resources},
-        });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         let out = bundle.join("out");
         let request = api::CreateTaskRequest {
@@ -257,6 +271,10 @@ impl Tasks {
     /// Runs a container to its end: the exit code and what it wrote.
     async fn run(&self, id: &str, args: &[&str], resources: Value) -> (u32, String) {
         let out = self.create(id, process(args), resources).await.unwrap();
+        self.run_created(id, &out).await
+    }
+
+    async fn run_created(&self, id: &str, out: &Path) -> (u32, String) {
         self.start(id, "").await.unwrap();
         let code = self.wait(id, "").await;
         self.delete(id, "").await;
@@ -406,19 +424,27 @@ async fn each_container_may_have_its_thread_and_pods_end_with_all_of_it() {
             .unwrap();
         tasks.start(id, "").await.unwrap();
     }
+    // The status of each such thread.
     let threads = || {
-        let names = std::fs::read_dir("/proc/self/task").unwrap().flatten();
-        names
-            .filter_map(|entry| std::fs::read_to_string(entry.path().join("comm")).ok())
-            .filter(|name| matches!(name.trim(), "wasm-a" | "wasm-b"))
-            .count()
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        tasks
+            .filter_map(|entry| std::fs::read_to_string(entry.path().join("status")).ok())
+            .filter(|status| {
+                ["Name:\twasm-a\n", "Name:\twasm-b\n"]
+                    .iter()
+                    .any(|n| status.contains(n))
+            })
+            .collect::<Vec<_>>()
     };
-    assert_eq!(threads(), 2);
+    assert_eq!(threads().len(), 2);
+    for status in threads() {
+        assert!(status.contains("Seccomp:\t2\n"), "confined: {status}");
+    }
     let (code, out) = tasks.run("c", &["clocks"], json!({})).await;
     assert_eq!((code, out.as_str()), (0, "ok\n"));
     daemon.end().await;
     harness::eventually("the end of the threads", SOON, || {
-        (threads() == 0).then_some(())
+        threads().is_empty().then_some(())
     });
 }
 
