@@ -6,6 +6,8 @@
     reason = "a benchmark reports its failures by panicking"
 )]
 
+mod daemon;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio as Pipes};
@@ -58,6 +60,7 @@ async fn main() {
     let lane = Lane::start(LaneConfig::default()).expect("a lane");
     let program = host.load(&suite).await.expect("a program");
     starts(&args, &host, &lane, &program, &mut report).await;
+    daemon::starts(args.starts, &suite, scratch.path(), &mut report).await;
     density(&args, &host, &lane, &program, &mut report).await;
     http(&args, &host, &program, &mut report).await;
     peers(&args, &suite, scratch.path(), &mut report);
@@ -182,22 +185,20 @@ async fn http(args: &Args, host: &Host, hog: &Arc<Program>, report: &mut Report)
         .await
         .expect("a server");
     let seconds = Duration::from_secs(args.seconds);
-    let alone = requests(address, seconds).await;
-    report.add(OURS, "HTTP requests per second", "1/s", vec![alone]);
+    requests(address, seconds, "HTTP", report).await;
     let other = Lane::start(LaneConfig {
         nice: 5,
         ..LaneConfig::default()
     })
     .expect("a lane");
     for (name, lane) in [
-        ("HTTP requests, hog in another pod", &other),
-        ("HTTP requests, hog in the same pod", &lane),
+        ("HTTP, hog in another pod", &other),
+        ("HTTP, hog in the same pod", &lane),
     ] {
         let spinning = host.container(settings(&["spin"]));
         let stdio = Stdio::default();
         let process = spinning.start(lane, hog, stdio).await.expect("a hog");
-        let rate = requests(address, seconds).await;
-        report.add(OURS, name, "1/s", vec![rate]);
+        requests(address, seconds, name, report).await;
         process.signal(9);
         process.wait().await;
     }
@@ -206,14 +207,15 @@ async fn http(args: &Args, host: &Host, hog: &Arc<Program>, report: &mut Report)
 }
 
 /// Requests on four connections that are kept open.
-async fn requests(address: SocketAddr, time: Duration) -> f64 {
+async fn requests(address: SocketAddr, time: Duration, name: &str, report: &mut Report) {
     let begin = Instant::now();
     let clients = (0..4).map(|_| {
         tokio::spawn(async move {
             let mut stream = TcpStream::connect(address).await.expect("a connection");
             let mut answer = vec![0; 4096];
-            let mut done = 0_u64;
+            let mut took = Vec::new();
             while begin.elapsed() < time {
+                let sent = Instant::now();
                 let request = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n";
                 stream.write_all(request).await.expect("a request");
                 let mut seen = Vec::new();
@@ -223,16 +225,18 @@ async fn requests(address: SocketAddr, time: Duration) -> f64 {
                     assert_ne!(n, 0, "the server closed the connection");
                     seen.extend_from_slice(answer.get(..n).unwrap_or_default());
                 }
-                done += 1;
+                took.push(millis(sent.elapsed()));
             }
-            done
+            took
         })
     });
-    let mut sum = 0;
+    let mut took = Vec::new();
     for client in clients.collect::<Vec<_>>() {
-        sum += client.await.expect("a client");
+        took.extend(client.await.expect("a client"));
     }
-    sum as f64 / begin.elapsed().as_secs_f64()
+    let rate = took.len() as f64 / begin.elapsed().as_secs_f64();
+    report.add(OURS, &format!("{name}: requests"), "1/s", vec![rate]);
+    report.add(OURS, &format!("{name}: each"), "ms", took);
 }
 
 /// A process for each program, compiled ahead where the peer can.
