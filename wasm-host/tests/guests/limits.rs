@@ -98,7 +98,8 @@ async fn a_limit_below_the_start_is_refused() {
 async fn a_quota_is_kept() {
     harness::skip_if!(harness::wasm::clang_missing());
     let quota = CpuQuota {
-        quota: Duration::from_millis(20),
+        // Less than a turn: one is enough to be held back.
+        quota: Duration::from_millis(2),
         period: Duration::from_millis(100),
     };
     let limits = Limits {
@@ -106,12 +107,13 @@ async fn a_quota_is_kept() {
         wall_time: Some(Duration::from_secs(2)),
         ..Default::default()
     };
-    let started = start(&suite().await, limited(&["spin"], limits)).await;
+    let lane = Lane::start(LaneConfig::default()).unwrap();
+    let started = start_on(&lane, &suite().await, limited(&["spin"], limits)).await;
     let container = started.container.clone();
     let (exit, _, _) = started.end().await;
     assert_eq!((exit.code, exit.ended), (137, Ended::WallTime));
     let stats = container.stats();
-    // A fifth of two seconds; without the quota it would be nearly all of them.
+    // A fiftieth of two seconds; without the quota it would be nearly all of them.
     assert!(stats.cpu < Duration::from_secs(1), "{stats:?}");
     assert!(stats.cpu > Duration::ZERO, "{stats:?}");
     assert!(
@@ -142,7 +144,7 @@ async fn shares_weigh_containers_of_a_pod() {
     harness::skip_if!(harness::wasm::clang_missing());
     let lane = Lane::start(LaneConfig::default()).unwrap();
     let mut hogs = Vec::new();
-    for cpu_shares in [512, 4096] {
+    for cpu_shares in [512, 1 << 18] {
         let limits = Limits {
             cpu_shares,
             ..Default::default()
@@ -150,8 +152,8 @@ async fn shares_weigh_containers_of_a_pod() {
         hogs.push(start_on(&lane, &suite().await, limited(&["spin"], limits)).await);
     }
     let had = shared_out(&hogs).await;
-    // Eight to one, as their turns are.
-    assert!(had[1] > had[0] * 4, "{had:?}");
+    // Their turns are twenty to one in time, of which a busy machine takes more of the longer.
+    assert!(had[1] > had[0] * 2, "{had:?}");
     hogs.iter().for_each(|hog| hog.process.signal(9));
 }
 
