@@ -245,7 +245,8 @@ impl Sandbox {
         let status = status.map_err(|status| self.daemon.explain(status))?;
         if status.address.is_empty() {
             let id = &self.id;
-            return Err(Status::failed_precondition(format!(
+            // containerd forgets tasks that are not found, and no others.
+            return Err(Status::not_found(format!(
                 "the sandbox {id} does not run: its state is {}",
                 status.state
             )));

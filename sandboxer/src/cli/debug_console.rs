@@ -42,9 +42,10 @@ pub(super) struct DebugConsoleArgs {
 pub(super) async fn open(global: &Global, args: &DebugConsoleArgs) -> Result<()> {
     let found = find(global, &args.pod).await?;
     let tty = io::stdin().is_terminal();
-    let size = match terminal::size().filter(|_| tty) {
-        Some((columns, rows)) => TerminalSize { columns, rows },
-        None => TerminalSize::NONE,
+    let (columns, rows) = terminal::size().unwrap_or((80, 24));
+    let size = match tty {
+        true => TerminalSize { columns, rows },
+        false => TerminalSize::NONE,
     };
     let stream = connect(&found).await?;
     let attended = tokio::task::spawn_blocking(move || {

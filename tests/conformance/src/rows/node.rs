@@ -134,8 +134,11 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
         (state == v1::PodSandboxState::SandboxNotready).then_some(())
     });
     let _ended = kubelet.exited(&shell);
+    kubelet.stop_pod(&pod);
     suite.renew();
     assert!(!folder.exists(), "{} remains", folder.display());
+    // containerd keeps the bundles of tasks that it lost sight of until it starts anew.
+    suite.with_node(|node| node.containerd.restart(Signal::SIGTERM))?;
     let next = suite.pod().id;
     assert_eq!(kubelet.pod_state(&next), v1::PodSandboxState::SandboxReady);
     Ok(())
