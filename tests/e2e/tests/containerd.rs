@@ -7,8 +7,6 @@
     reason = "the whole file is a test"
 )]
 
-use std::time::{Duration, Instant};
-
 use harness::cgroup::PodCgroup;
 use harness::containerd::{HANDLER, Options, containerd_missing};
 use harness::cri::v1;
@@ -18,24 +16,13 @@ use nix::sys::signal::Signal;
 use e2e::node::{Node, SOON};
 
 #[test]
-fn a_pod_of_the_kubelet_runs_in_a_vm_and_leaves_nothing() {
-    skip_if!(kvm_missing());
-    skip_if!(containerd_missing());
-    life_of_a_pod(&Options::default());
-}
-
-#[test]
 fn streams_take_the_place_of_fifos() {
     skip_if!(kvm_missing());
     skip_if!(containerd_missing());
-    life_of_a_pod(&Options {
+    let node = Node::new(&Options {
         io_type: "streaming",
         ..Options::default()
     });
-}
-
-fn life_of_a_pod(options: &Options) {
-    let node = Node::new(options);
     let cri = &node.containerd.cri;
     let pod = node.run_pod("first");
 
@@ -119,26 +106,6 @@ fn life_of_a_pod(options: &Options) {
     node.assert_nothing_left();
 }
 
-#[test]
-fn a_container_that_ignores_term_is_killed() {
-    skip_if!(kvm_missing());
-    skip_if!(containerd_missing());
-    let node = Node::new(&Options::default());
-    let pod = node.run_pod("stubborn");
-    let deaf = pod.run("deaf", "trap '' TERM; echo up; while :; do sleep 1; done");
-    node.await_log("deaf", "up");
-    let begun = Instant::now();
-    node.stop_container(&deaf, 2);
-    assert!(begun.elapsed() >= Duration::from_secs(2));
-    assert_eq!(node.exited(&deaf).exit_code, 137);
-
-    // A created container that never ran goes as well, and a pod takes with it what runs.
-    let _created = pod.create("created", "echo never");
-    let _running = pod.run("running", "sleep 1000");
-    node.remove_pod(&pod.id);
-    node.assert_nothing_left();
-}
-
 /// containerd takes the figures of a pod from the cgroup that the kubelet made for it, and
 /// those of its containers from us.
 #[test]
@@ -180,20 +147,15 @@ fn stats_of_a_pod_list_its_containers() {
     node.assert_nothing_left();
 }
 
+/// Over fifos: row 51 of the conformance suite.
 #[test]
-fn pods_survive_a_restart_of_containerd() {
+fn streams_survive_a_restart_of_containerd() {
     skip_if!(kvm_missing());
     skip_if!(containerd_missing());
-    for io_type in ["fifo", "streaming"] {
-        survive(&Options {
-            io_type,
-            ..Options::default()
-        });
-    }
-}
-
-fn survive(options: &Options) {
-    let mut node = Node::new(options);
+    let mut node = Node::new(&Options {
+        io_type: "streaming",
+        ..Options::default()
+    });
     let pod = node.run_pod("survivor");
     let script = "trap '' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 1; done";
     let (id, container) = (pod.id.clone(), pod.run("main", script));

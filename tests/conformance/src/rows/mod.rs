@@ -186,7 +186,7 @@ pub const ROWS: &[Row] = &[
         pods::user_namespaces,
     ),
     row(55, "pause and resume", node::pause),
-    row(
+    core(
         51,
         "containerd restarts: IO and exit status survive",
         node::containerd_restart,

@@ -5,7 +5,7 @@ use harness::eventually;
 use harness::kubelet::SOON;
 use nix::sys::signal::Signal;
 
-use crate::{Backend, Outcome, Suite, skip};
+use crate::{Backend, Mode, Outcome, Suite, skip};
 
 pub(super) fn pause(suite: &Suite) -> Outcome {
     let kubelet = &suite.kubelet;
@@ -89,6 +89,7 @@ pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
         return skip("pods are threads of the daemon and end with it, by design; see row 53");
     }
     let kubelet = &suite.kubelet;
+    let _runs = suite.shell();
     let keep = suite.container("keeps", "echo kept > /dev/shm/note");
     let _ = suite.output_of(keep);
     suite.with_node(|node| node.world.daemon.kill_and_restart())?;
@@ -105,10 +106,18 @@ pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
     kubelet.stop_container(&id, 60);
     assert_eq!(kubelet.exited(&id).exit_code, 6);
     kubelet.remove_container(&id);
+    if suite.mode != Some(Mode::Proxy) {
+        // Behind a shim containerd does not find out by itself that the shell runs on.
+        suite.with_node(|node| node.containerd.restart(Signal::SIGTERM))?;
+    }
     // As the kubelet does first. It ends what containerd has lost sight of.
     kubelet.stop_pod(&pod);
     suite.renew();
-    // Counted anew: another process.
+    count_anew(suite)
+}
+
+/// Another daemon holds other things before its first pod.
+fn count_anew(suite: &Suite) -> Outcome {
     suite.with_node(|node| {
         node.world.before = harness::leftovers::Held::by(&node.world.daemon);
     })
@@ -125,8 +134,6 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
         // As after a reboot of the node; VMs that are processes outlive the daemon.
         node.world.daemon.end_vms();
         node.world.daemon.start_again();
-        // Counted anew: another process.
-        node.world.before = harness::leftovers::Held::by(&node.world.daemon);
         node.world.daemon.state_dir().join(&pod)
     })?;
     eventually("the pod's end", SOON, || {
@@ -139,6 +146,7 @@ pub(super) fn stale_state(suite: &Suite) -> Outcome {
     assert!(!folder.exists(), "{} remains", folder.display());
     // containerd keeps the bundles of tasks that it lost sight of until it starts anew.
     suite.with_node(|node| node.containerd.restart(Signal::SIGTERM))?;
+    count_anew(suite)?;
     let next = suite.pod().id;
     assert_eq!(kubelet.pod_state(&next), v1::PodSandboxState::SandboxReady);
     Ok(())
