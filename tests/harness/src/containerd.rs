@@ -125,6 +125,9 @@ pub struct Options {
     pub subnet: &'static str,
     /// Whether pods have an interface of a second network, 10.214.7.0/24.
     pub second_network: bool,
+    /// Whether there is a runtime handler `runc`, too. Its pods want a lower OOM score than this
+    /// process may be allowed to give.
+    pub runc: bool,
     /// Where containerd takes events; unset: in its own folder.
     pub ttrpc: Option<PathBuf>,
 }
@@ -139,6 +142,7 @@ impl Default for Options {
             snapshotter: "overlayfs",
             subnet: "10.213.7",
             second_network: false,
+            runc: false,
             ttrpc: None,
         }
     }

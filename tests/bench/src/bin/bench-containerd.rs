@@ -46,7 +46,11 @@ fn main() {
     }
     let host = Host::probe().expect("a usable /dev/kvm");
     let mut report = Report::new("containerd", &host);
-    let node = Node::with_config("", &Options::default());
+    let options = Options {
+        runc: true,
+        ..Options::default()
+    };
+    let node = Node::with_config("", &options);
     import_pause(&node);
     let runc = Kubelet {
         cri: node.containerd.cri(),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{Line, Mode, Options, PAUSE, runc_missing};
+use super::{Line, Mode, Options, PAUSE};
 
 /// The configuration of a containerd in `dir` for the daemon on `sandboxer`.
 pub(super) fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
@@ -65,6 +65,7 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
   sandbox = "{PAUSE}"
 [plugins.'io.containerd.cri.v1.runtime']
   netns_mounts_under_state_dir = true
+  restrict_oom_score_adj = {restrict}
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ["{cni}"]
   conf_dir = "{dir}/cni"
@@ -80,7 +81,8 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
   sandboxer = "{name}"
   io_type = "streaming"
 {runc}"#,
-        runc = if runc_missing().is_none() { RUNC } else { "" },
+        runc = if options.runc { RUNC } else { "" },
+        restrict = options.runc,
         common = common(dir, options),
         networks = networks(options),
         sandboxer = sandboxer.display(),
