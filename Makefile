@@ -36,8 +36,7 @@ test: setup agent containerd ## Set up, build, and run all tests
 	$(MAKE) --no-print-directory guest PROFILE=debug
 	$(STEP) "unit and integration tests" -- env TESTS=unit $(TEST)
 	$(STEP) "end-to-end tests" -- env TESTS=e2e $(TEST) --tests
-	$(STEP) "end-to-end tests in QEMU, translated" -- env BACKEND=qemu TESTS='$(QEMU_TESTS)' $(TEST) --tests
-	$(STEP) "end-to-end test in QEMU, on KVM" -- env BACKEND=qemu KUASAR_QEMU_ACCEL=kvm TESTS=container $(TEST) --tests
+	$(STEP) "end-to-end tests in QEMU" -- env BACKEND=qemu TESTS='$(QEMU_TESTS)' $(TEST) --tests
 	$(STEP) "conformance, the core rows" -- target/debug/kuasar-e2e run core
 	$(STEP) "soak, a little" -- target/debug/kuasar-e2e soak --sequential 2 --parallel 3
 

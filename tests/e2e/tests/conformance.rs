@@ -168,18 +168,24 @@ async fn in_process() {
 async fn qemu(more: &str, kind: Backend) {
     let qemu = Path::new("/usr/bin/qemu-system-x86_64");
     skip_if!((!qemu.exists()).then_some("QEMU is not installed"));
-    let text =
-        format!("[sandbox]\nmode = \"external\"\n[hypervisor.qemu]\naccel = \"tcg\"\n{more}");
+    let text = format!("[sandbox]\nmode = \"external\"\n[hypervisor.qemu]\n{more}");
     let backend = ExternalBackend::new(&config(&text), false).await.unwrap();
     conforms(&backend, kind).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_with_pci() {
-    qemu("", Backend::Qemu).await;
+    qemu("accel = \"tcg\"\n", Backend::Qemu).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_on_kvm() {
+    skip_if!(kvm_missing());
+    qemu("accel = \"kvm\"\n", Backend::Qemu).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_microvm() {
-    qemu("machine = \"microvm\"\n", Backend::QemuMicrovm).await;
+    let text = "machine = \"microvm\"\naccel = \"tcg\"\n";
+    qemu(text, Backend::QemuMicrovm).await;
 }
