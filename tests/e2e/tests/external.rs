@@ -23,8 +23,8 @@ const SLOW: Duration = Duration::from_secs(60);
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// Pods in QEMU, translated, so that the test is the same on every host.
-const CONFIG: &str = "[sandbox]\nmode = \"external\"\n\
-                      [hypervisor.qemu]\naccel = \"tcg\"\nmax_memory = \"512MiB\"\n";
+const CONFIG: &str = "[sandbox]\nmode = \"external\"\n[vm]\nmax_memory = \"512MiB\"\n\
+                      [hypervisor.qemu]\naccel = \"tcg\"\n";
 
 fn qemu_missing() -> Option<String> {
     (!Path::new(QEMU).exists()).then(|| format!("there is no {QEMU}"))
