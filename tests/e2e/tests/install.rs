@@ -81,14 +81,17 @@ fn everything_is_where_the_documents_say() {
     skip_if!(no_guest());
     let dest = tempfile::tempdir().unwrap();
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let output = Command::new("scripts/install")
-        .args([bin_dir(), bin_dir()])
-        .env("DESTDIR", dest.path())
-        .env("PREFIX", "/opt/k")
-        .current_dir(top)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{output:?}");
+    let script = |name: &str| {
+        let output = Command::new(name)
+            .args([bin_dir(), bin_dir()])
+            .env("DESTDIR", dest.path())
+            .env("PREFIX", "/opt/k")
+            .current_dir(&top)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    script("scripts/install");
     let mut found = Vec::new();
     files(dest.path(), &mut found, dest.path());
     found.retain(|(name, _)| !name.contains("man1/kuasar-ctl-"));
@@ -111,6 +114,11 @@ fn everything_is_where_the_documents_say() {
         assert!(!text.contains("@BINDIR@"), "{text}");
         systemd_takes(dest.path(), &format!("{name}.service"), &text);
     }
+
+    script("scripts/uninstall");
+    let mut left = Vec::new();
+    files(dest.path(), &mut left, dest.path());
+    assert_eq!(left, []);
 }
 
 /// The programs are not at their place on this machine, so the check is told where they are.
@@ -126,6 +134,7 @@ fn systemd_takes(dest: &Path, name: &str, text: &str) {
         .args(["verify", "--man=no"])
         .arg(&unit)
         .output();
+    fs::remove_file(&unit).unwrap();
     match verify {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
