@@ -46,6 +46,12 @@ impl Attended<'_> {
         signals: &mut Signals,
         steps: &Steps,
     ) -> Result<u8> {
+        steps.done();
+        // Before anything comes through: what was typed ahead is echoed by the process's terminal.
+        let raw = match self.tty && self.interactive {
+            true => Some(RawMode::enter()?),
+            false => None,
+        };
         let streams = fifos.connect()?;
         // Asked before the start, so that no exit is missed.
         let wait = {
@@ -53,11 +59,6 @@ impl Attended<'_> {
             AbortOnDropHandle::new(tokio::spawn(async move { task.wait(&name).await }))
         };
         self.resize().await;
-        steps.done();
-        let raw = match self.tty && self.interactive {
-            true => Some(RawMode::enter()?),
-            false => None,
-        };
         self.start().await?;
         self.resize().await;
         let ended = self.attend(streams, wait, signals).await;
