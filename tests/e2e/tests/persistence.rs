@@ -29,8 +29,7 @@ fn disk_bytes(snapshot: &Path) -> u64 {
 
 fn last(text: &str) -> u32 {
     // Who reads while "9" becomes "10" may find the new end behind the old line.
-    let lines = text.lines().filter(|line| !line.is_empty());
-    let line = lines.last().unwrap_or("0");
+    let line = text.lines().rfind(|line| !line.is_empty()).unwrap_or("0");
     let number = line.parse();
     number.unwrap_or_else(|e| panic!("{e} in the last line of {text:?}"))
 }
