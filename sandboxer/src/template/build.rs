@@ -70,10 +70,6 @@ pub struct TemplateMachine {
     pub limit: Duration,
 }
 
-/// What a guest puts off while it boots, the report of free memory above all (2 s), is done
-/// before the template is saved: each clone would do it again, just when its agent is to answer.
-const SETTLING: Duration = Duration::from_millis(2500);
-
 impl TemplateMachine {
     /// Boots it and saves it.
     ///
@@ -92,7 +88,6 @@ impl TemplateMachine {
         machine.start().await?;
         wait(&machine, dialled, limit).await?;
         info!("the template's agent is up");
-        tokio::time::sleep(SETTLING).await;
         Ok(blocking("saving the template", move || machine.into_snapshot()).await??)
     }
 }
