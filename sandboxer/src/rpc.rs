@@ -1,6 +1,28 @@
 //! containerd's Controller service, our own beside it, and the messages they carry, generated
 //! from `proto/`.
 
+use std::path::Path;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Error};
+
+/// A channel to the daemon whose socket is `address`.
+///
+/// # Errors
+/// Nothing listens there.
+pub async fn channel(address: &Path) -> Result<Channel, Error> {
+    let path = address.to_owned();
+    let dial = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The name is not resolved: the connector dials the socket.
+    Endpoint::from_static("http://sandboxer")
+        .connect_with_connector(dial)
+        .await
+}
+
 /// `containerd.services.sandbox.v1`: messages, client and server.
 #[allow(
     warnings,

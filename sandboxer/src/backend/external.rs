@@ -113,15 +113,7 @@ fn supervisor_program(config: &Config) -> Result<PathBuf, BackendError> {
         None => {
             let own = std::env::current_exe();
             let own = own.map_err(|e| BackendError::Supervisor(e.to_string()))?;
-            let folder = own.parent().map(PathBuf::from).unwrap_or_default();
-            let beside = folder.join(supervisor::PROGRAM);
-            // A test lies in a folder below that of the programs.
-            let above = folder.join("..").join(supervisor::PROGRAM);
-            if !beside.exists() && folder.ends_with("deps") {
-                above
-            } else {
-                beside
-            }
+            own.with_file_name(supervisor::PROGRAM)
         }
     };
     hypervisor::check_program("hypervisor.supervisor", &path)?;

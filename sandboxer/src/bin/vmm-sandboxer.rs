@@ -4,10 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use sandboxer::causes::with_causes;
 use sandboxer::config::{Config, Overrides};
-use sandboxer::server::daemon::{run_until_told, start_logging};
-use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, ServerError, ServerOptions};
+use sandboxer::server::daemon::{end, run_until_told, start_logging};
+use sandboxer::server::{DEFAULT_DIR, DEFAULT_LISTEN, ServerOptions};
 
 /// Runs pods in microVMs, for containerd, iSulad and kuasar-ctl.
 ///
@@ -38,16 +37,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("vmm-sandboxer: {}", with_causes(e.as_ref()));
-            if let Some(fix) = e.downcast_ref::<ServerError>().and_then(ServerError::fix) {
-                eprintln!("  try: {fix}");
-            }
-            ExitCode::FAILURE
-        }
-    }
+    end("vmm-sandboxer", run(Args::parse()))
 }
 
 fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {

@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use clap::Parser;
 use sandboxer::backend::wasm::WasmBackend;
-use sandboxer::causes::with_causes;
 use sandboxer::config::Config;
-use sandboxer::server::daemon::{run_until_told, start_logging};
-use sandboxer::server::{DEFAULT_WASM_DIR, DEFAULT_WASM_LISTEN, ServerError, ServerOptions};
+use sandboxer::server::daemon::{end, run_until_told, start_logging};
+use sandboxer::server::{DEFAULT_WASM_DIR, DEFAULT_WASM_LISTEN, ServerOptions};
 
 /// Runs pods of WebAssembly programs, for containerd, iSulad and kuasar-ctl.
 ///
@@ -38,16 +37,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("wasm-sandboxer: {}", with_causes(e.as_ref()));
-            if let Some(fix) = e.downcast_ref::<ServerError>().and_then(ServerError::fix) {
-                eprintln!("  try: {fix}");
-            }
-            ExitCode::FAILURE
-        }
-    }
+    end("wasm-sandboxer", run(Args::parse()))
 }
 
 fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {

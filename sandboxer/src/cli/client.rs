@@ -7,10 +7,9 @@ use std::time::Duration;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::{Client as Ttrpc, TaskClient};
-use hyper_util::rt::TokioIo;
 use prost::Message;
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use ttrpc::context::{Context, with_timeout};
 
 use super::error::{CliError, Doing, Result};
@@ -19,7 +18,7 @@ use crate::rpc::controller::controller_client::ControllerClient;
 use crate::rpc::cri::PodSandboxConfig;
 use crate::rpc::pods;
 use crate::rpc::pods::pods_client::PodsClient;
-use crate::rpc::{POD_SANDBOX_CONFIG_TYPE, types};
+use crate::rpc::{POD_SANDBOX_CONFIG_TYPE, channel, types};
 
 /// The daemon has shorter deadlines of its own; this one is for a daemon that hangs.
 const CALL_LIMIT: Duration = Duration::from_secs(600);
@@ -54,14 +53,7 @@ impl Controller {
                 });
             }
         }
-        let path = address.to_owned();
-        let dial = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        // The name is not resolved: the connector dials the socket.
-        let channel = Endpoint::from_static("http://sandboxer")
-            .connect_with_connector(dial)
+        let channel = channel(address)
             .await
             .doing(|| format!("connect to {}", address.display()))?;
         Ok(Some(Self {

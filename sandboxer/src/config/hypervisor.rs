@@ -9,7 +9,7 @@ use serde::de::IntoDeserializer;
 use serde::de::value::StrDeserializer;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, wrong_in};
 
 /// `[hypervisor]`: which one, and what is common to all.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,14 +58,7 @@ pub(crate) const ACCEL_VAR: &str = "KUASAR_QEMU_ACCEL";
 
 impl Hypervisor {
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let wrong = |key, value: String, fix| {
-            Err(ConfigError::Value {
-                path: path.to_owned(),
-                key,
-                value,
-                fix,
-            })
-        };
+        let wrong = wrong_in(path);
         if self.api_timeout.is_zero() {
             return wrong(
                 "hypervisor.api_timeout",

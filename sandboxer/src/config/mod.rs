@@ -211,6 +211,18 @@ pub enum ConfigError {
     },
 }
 
+/// Makes the error about a value of the file `path`: its key, itself, and what it must be.
+fn wrong_in(path: &Path) -> impl Fn(&'static str, String, &'static str) -> Result<(), ConfigError> {
+    move |key, value, fix| {
+        Err(ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            value,
+            fix,
+        })
+    }
+}
+
 fn nearest_hint(nearest: Option<&str>) -> String {
     nearest.map_or_else(
         || "; see docs/configuration.md for the keys that exist".to_owned(),

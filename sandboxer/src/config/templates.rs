@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use guest_image::Cache;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, wrong_in};
 
 /// `[templates]`: pods as clones of a guest that has booted once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,14 +38,7 @@ impl Default for Templates {
 
 impl Templates {
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let wrong = |key, value: usize, fix| {
-            Err(ConfigError::Value {
-                path: path.to_owned(),
-                key,
-                value: value.to_string(),
-                fix,
-            })
-        };
+        let wrong = |key, value: usize, fix| wrong_in(path)(key, value.to_string(), fix);
         if self.keep == 0 || self.keep > 1000 {
             return wrong("templates.keep", self.keep, "must be 1 to 1000");
         }

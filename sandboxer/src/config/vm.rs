@@ -13,7 +13,7 @@ use vmm_core::config::MAX_VCPUS;
 use vmm_core::memory::HOTPLUG_ALIGN_BYTES;
 use vmm_core::vm::VmSize;
 
-use super::ConfigError;
+use super::{ConfigError, wrong_in};
 
 /// Below this a guest cannot boot.
 pub(crate) const MIN_MEMORY: ByteSize = ByteSize::mib(64);
@@ -134,11 +134,11 @@ impl Vm {
         self.cpu_affinity.iter().copied().find(is_missing)
     }
 
-    /// Keeps these threads on the configured CPUs.
+    /// Keeps these threads on the configured CPUs; they are asked for only if there are any.
     ///
     /// # Errors
     /// A CPU has gone since the daemon was started.
-    pub(crate) fn pin(&self, threads: &[i32]) -> nix::Result<()> {
+    pub(crate) fn pin(&self, threads: impl FnOnce() -> Vec<i32>) -> nix::Result<()> {
         if self.cpu_affinity.is_empty() {
             return Ok(());
         }
@@ -146,19 +146,12 @@ impl Vm {
         for cpu in &self.cpu_affinity {
             cpus.set(*cpu)?;
         }
-        let pin = |thread: &i32| sched_setaffinity(Pid::from_raw(*thread), &cpus);
-        threads.iter().try_for_each(pin)
+        let mut threads = threads().into_iter();
+        threads.try_for_each(|thread| sched_setaffinity(Pid::from_raw(thread), &cpus))
     }
 
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let wrong = |key, value: String, fix| {
-            Err(ConfigError::Value {
-                path: path.to_owned(),
-                key,
-                value,
-                fix,
-            })
-        };
+        let wrong = wrong_in(path);
         if self.vcpus == 0 {
             return wrong("vm.vcpus", "0".to_owned(), "must be at least 1");
         }

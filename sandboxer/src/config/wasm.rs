@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use guest_image::Cache;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, wrong_in};
 
 /// Folder of compiled programs in the cache of guest images.
 const CACHE_DIR: &str = "wasm";
@@ -87,14 +87,7 @@ impl Default for Wasm {
 
 impl Wasm {
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let wrong = |key, value: String, fix| {
-            Err(ConfigError::Value {
-                path: path.to_owned(),
-                key,
-                value,
-                fix,
-            })
-        };
+        let wrong = wrong_in(path);
         if !(1..=100_000).contains(&self.max_instances) {
             let value = self.max_instances.to_string();
             return wrong("wasm.max_instances", value, "must be 1 to 100000");

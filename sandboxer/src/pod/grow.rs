@@ -17,7 +17,7 @@ impl Pod {
     /// The memory limit is above what the machine can have, or its guest does not take the
     /// memory in time.
     pub(super) async fn grow(&self, machine: &Machine, resources: &Value) -> Result<()> {
-        let Some((now, most)) = machine.vm.resizable() else {
+        let Some((mut now, most)) = machine.vm.resizable() else {
             return Ok(());
         };
         if let Some(limit) = number(resources, "memory", "limit")
@@ -32,7 +32,7 @@ impl Pod {
                 vcpus: now.vcpus,
                 memory_bytes,
             };
-            self.grow_machine(machine, size).await?;
+            now = self.grow_machine(machine, size).await?;
         }
         let online = u64::from(machine.online_cpus());
         // A quota above what there is does no harm: the container has all of the CPUs then.
@@ -40,13 +40,9 @@ impl Pod {
         if vcpus > online {
             let count = u32::try_from(vcpus).unwrap_or(u32::MAX);
             if count > now.vcpus {
-                let memory_bytes = machine
-                    .vm
-                    .resizable()
-                    .map_or(0, |(now, _)| now.memory_bytes);
                 let size = VmSize {
                     vcpus: count,
-                    memory_bytes,
+                    ..now
                 };
                 self.grow_machine(machine, size).await?;
             }
@@ -57,7 +53,7 @@ impl Pod {
         Ok(())
     }
 
-    async fn grow_machine(&self, machine: &Machine, size: VmSize) -> Result<()> {
+    async fn grow_machine(&self, machine: &Machine, size: VmSize) -> Result<VmSize> {
         let limit = self.environment.timeouts.agent_call;
         let grown = machine.vm.resize(size, limit).await;
         let grown = grown.map_err(|e| self.vm_error(e))?;
@@ -71,7 +67,7 @@ impl Pod {
             pod = self.id(),
             "grown to {} CPUs and {} bytes of memory", grown.vcpus, grown.memory_bytes
         );
-        Ok(())
+        Ok(grown)
     }
 }
 

@@ -135,7 +135,7 @@ impl Pod {
             if start {
                 vm.start().await.map_err(|e| self.vm_error(e))?;
             }
-            if let Err(e) = self.environment.vm.pin(&vm.vcpu_threads()) {
+            if let Err(e) = self.environment.vm.pin(|| vm.vcpu_threads()) {
                 warn!(pod = self.id(), "vm.cpu_affinity has no effect: {e}");
             }
             // Meanwhile the guest boots.

@@ -2,12 +2,14 @@
 
 use std::error::Error;
 use std::io::IsTerminal;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use super::{Server, ServerOptions, answer_watchdog};
+use super::{Server, ServerError, ServerOptions, answer_watchdog};
+use crate::causes::with_causes;
 use crate::config::Config;
 
 /// How long all pods together may take to stop when the daemon is told to end, before the
@@ -31,6 +33,18 @@ pub fn start_logging(level: Option<&str>, config: &Config) -> Result<(), Box<dyn
         .with_writer(std::io::stderr)
         .init();
     Ok(())
+}
+
+/// Ends the daemon `program`: says on stderr why it failed, if it did, and what to try.
+pub fn end(program: &str, result: Result<(), Box<dyn Error>>) -> ExitCode {
+    let Err(e) = result else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("{program}: {}", with_causes(e.as_ref()));
+    if let Some(fix) = e.downcast_ref::<ServerError>().and_then(ServerError::fix) {
+        eprintln!("  try: {fix}");
+    }
+    ExitCode::FAILURE
 }
 
 /// Serves until SIGTERM or SIGINT, then stops all pods.

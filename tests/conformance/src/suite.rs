@@ -210,7 +210,20 @@ impl Suite {
         pod
     }
 
-    /// A container in it, to execute things in.
+    /// A pod of its own whose containers may be privileged.
+    pub fn privileged_pod(&self, name: &str) -> Pod<'_> {
+        let mut config = self.kubelet.pod_config(name);
+        config.linux = Some(v1::LinuxPodSandboxConfig {
+            security_context: Some(v1::LinuxSandboxSecurityContext {
+                privileged: true,
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        self.kubelet.run_pod_of(config)
+    }
+
+    /// A container in the shared pod, to execute things in.
     pub fn shell(&self) -> String {
         let mut shell = self.shell.borrow_mut();
         if let Some(id) = &*shell {

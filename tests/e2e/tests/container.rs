@@ -222,10 +222,12 @@ fn terminal(world: &World) {
     pty.wait_for("30 100", SLOW);
     assert!(pty.shown.contains("/dev/pts/"), "{}", pty.shown);
     pty.resize(40, 120);
-    pty.type_in("sleep 1; stty size\n");
+    pty.type_in("until stty size | grep ^40; do sleep 1; done\n");
     pty.wait_for("40 120", SLOW);
-    // Ctrl-C goes to the foreground process of the container, not to the CLI.
-    pty.type_in("sleep 1000\n");
+    // Ctrl-C goes to the foreground process of the container, not to the CLI; before one runs,
+    // it would be a character of the shell's line.
+    pty.type_in("echo run\"\"ning; sleep 1000\n");
+    pty.wait_for("running", SLOW);
     pty.type_in("\x03");
     pty.type_in("echo still-$((40+2))\n");
     pty.wait_for("still-42", SLOW);

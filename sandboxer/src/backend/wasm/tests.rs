@@ -9,19 +9,16 @@ use std::time::Duration;
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::TaskClient;
-use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
-use tonic::transport::Endpoint;
 use ttrpc::Code;
 use ttrpc::context::with_duration;
 
 use super::spec::{Mount, Source, Spec};
 use super::*;
 use crate::config::Config;
-use crate::rpc::controller as rpc;
 use crate::rpc::controller::controller_client::ControllerClient;
+use crate::rpc::{channel, controller as rpc};
 use crate::server::{RunningServer, Server, ServerOptions};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -152,15 +149,7 @@ impl Daemon {
     }
 
     async fn pod(&self, id: &str) -> Tasks {
-        let path = self.server.address().to_owned();
-        let connect = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        let channel = Endpoint::from_static("http://localhost")
-            .connect_with_connector(connect)
-            .await
-            .unwrap();
+        let channel = channel(self.server.address()).await.unwrap();
         let mut client = ControllerClient::new(channel);
         let create = rpc::ControllerCreateRequest {
             sandbox_id: id.to_owned(),

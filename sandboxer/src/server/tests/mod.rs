@@ -11,20 +11,18 @@ use std::time::Duration;
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::TaskClient;
-use hyper_util::rt::TokioIo;
 use protobuf::MessageField;
 use serde_json::json;
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use ttrpc::context::Context;
 
 use super::{RunningServer, Server, ServerOptions};
 use crate::config::{Config, Timeouts};
 use crate::pod::storage::mount_points_below;
-use crate::rpc::controller as rpc;
 use crate::rpc::controller::controller_client::ControllerClient;
+use crate::rpc::{channel, controller as rpc};
 use crate::testing::{FakeBackend, Fault};
 
 /// Longer than any test takes, shorter than a hanging one would.
@@ -64,15 +62,7 @@ impl Daemon {
     }
 
     async fn client(&self) -> ControllerClient<Channel> {
-        let path = self.server.address().to_owned();
-        let connect = tower::service_fn(move |_| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        let channel = Endpoint::from_static("http://localhost")
-            .connect_with_connector(connect)
-            .await
-            .unwrap();
+        let channel = channel(self.server.address()).await.unwrap();
         ControllerClient::new(channel)
     }
 

@@ -60,15 +60,7 @@ pub(super) fn containerd_restart(suite: &Suite) -> Outcome {
 
 pub(super) fn guest_panic(suite: &Suite) -> Outcome {
     let kubelet = &suite.kubelet;
-    let mut config = kubelet.pod_config("panics");
-    config.linux = Some(v1::LinuxPodSandboxConfig {
-        security_context: Some(v1::LinuxSandboxSecurityContext {
-            privileged: true,
-            ..Default::default()
-        }),
-        ..Default::default()
-    });
-    let pod = kubelet.run_pod_of(config);
+    let pod = suite.privileged_pod("panics");
     let mut config = suite.container("panics", "echo b > /proc/sysrq-trigger; sleep 1000");
     let linux = config.linux.get_or_insert_default();
     linux.security_context.get_or_insert_default().privileged = true;

@@ -75,15 +75,7 @@ pub(super) fn no_new_privs(suite: &Suite) -> Outcome {
 
 pub(super) fn privileged(suite: &Suite) -> Outcome {
     let kubelet = &suite.kubelet;
-    let mut config = kubelet.pod_config("privileged");
-    config.linux = Some(v1::LinuxPodSandboxConfig {
-        security_context: Some(v1::LinuxSandboxSecurityContext {
-            privileged: true,
-            ..Default::default()
-        }),
-        ..Default::default()
-    });
-    let pod = kubelet.run_pod_of(config);
+    let pod = suite.privileged_pod("privileged");
     let mut config = suite.container(
         "privileged",
         "mkdir -p /tmp/m && mount -t tmpfs tmpfs /tmp/m && echo mounted; \

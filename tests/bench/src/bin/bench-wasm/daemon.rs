@@ -8,15 +8,13 @@ use bench::millis;
 use bench::report::{OURS, Report};
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::TaskClient;
-use hyper_util::rt::TokioIo;
 use nix::sys::stat::Mode;
 use sandboxer::backend::wasm::WasmBackend;
 use sandboxer::config::{Config, Wasm};
-use sandboxer::rpc::controller as rpc;
 use sandboxer::rpc::controller::controller_client::ControllerClient;
+use sandboxer::rpc::{channel, controller as rpc};
 use sandboxer::server::{Server, ServerOptions};
 use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use ttrpc::context::{Context, with_duration};
 
@@ -58,15 +56,7 @@ pub(crate) async fn starts(count: usize, suite: &Path, scratch: &Path, report: &
 }
 
 async fn pod(address: &Path) -> TaskClient {
-    let path = address.to_owned();
-    let connect = tower::service_fn(move |_| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    let channel = tonic::transport::Endpoint::from_static("http://localhost")
-        .connect_with_connector(connect)
-        .await
-        .expect("a connection");
+    let channel = channel(address).await.expect("a connection");
     let mut client = ControllerClient::new(channel);
     let sandbox_id = "bench".to_owned();
     let create = rpc::ControllerCreateRequest {
