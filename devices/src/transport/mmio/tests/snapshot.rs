@@ -186,7 +186,8 @@ fn carries_on(
         vm = vm.clone_onto(fresh(), &state_round_trip(&state));
         assert_eq!(vm.read(reg::STATUS), 0xf);
         assert_eq!(vm.read(reg::INTERRUPT_STATUS) & status, status);
-        assert!(vm.wire.0.load(Ordering::SeqCst) > 0);
+        // A driver that polls faster than the device interrupts has nothing to be told again.
+        assert!(status == 0 || vm.wire.0.load(Ordering::SeqCst) > 0);
         let used = vm.wait(queue);
         check(&vm, 200 + round, used);
         exchange(&mut vm);
