@@ -124,11 +124,12 @@ rpm: setup build shim guest ## An RPM package in target/package
 # What `make conformance` and `make soak` run on; see `kuasar-e2e --help`.
 BACKEND ?= in-process
 MODE    ?= proxy
+SNAPSHOTTER ?= overlayfs
 ROWS    ?= all
 
 .PHONY: conformance
-conformance: setup agent containerd e2e ## All rows of docs/conformance.md; BACKEND=in-process|qemu MODE=proxy|shim|shim-1.7 ROWS=all|core|1,7-9
-	$(STEP) "conformance" -- target/debug/kuasar-e2e run $(ROWS) --mode $(MODE) --backend $(BACKEND) \
+conformance: setup agent containerd e2e ## All rows of docs/conformance.md; BACKEND=in-process|qemu MODE=proxy|shim|shim-1.7 ROWS=all|core|1,7-9 SNAPSHOTTER=overlayfs|native|blockfile|erofs
+	$(STEP) "conformance" -- target/debug/kuasar-e2e run $(ROWS) --mode $(MODE) --backend $(BACKEND) --snapshotter $(SNAPSHOTTER) \
 		--markdown target/conformance-$(BACKEND)-$(MODE).md
 
 .PHONY: soak

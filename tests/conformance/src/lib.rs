@@ -17,7 +17,7 @@ pub mod soak;
 mod suite;
 
 pub use rows::ROWS;
-pub use suite::{Backend, Mode, Setup, Suite};
+pub use suite::{Backend, Mode, Setup, Snapshotter, Suite};
 
 /// One requirement.
 #[derive(Clone, Copy, Debug)]

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
 use conformance::report::{self, Report};
-use conformance::{Backend, Mode, ROWS, Row, Setup, Skipped, Suite, soak};
+use conformance::{Backend, Mode, ROWS, Row, Setup, Skipped, Snapshotter, Suite, soak};
 
 /// Shows through CRI what a container runtime does of what it has to do
 ///
@@ -25,8 +25,8 @@ enum Command {
     /// Go through the rows
     Run {
         /// Which rows: `all`, `core`, or numbers and ranges such as 1,7-9
-        #[arg(default_value = "all")]
-        rows: String,
+        #[arg(default_value = "all", value_parser = select)]
+        rows: Rows,
         /// Also write the table to this file, in Markdown
         #[arg(long, value_name = "FILE")]
         markdown: Option<PathBuf>,
@@ -56,6 +56,9 @@ struct On {
     /// What runs the VMs
     #[arg(long, value_enum, default_value_t = Backend::InProcess)]
     backend: Backend,
+    /// What containerd keeps layers of images as
+    #[arg(long, value_enum, default_value_t = Snapshotter::Overlayfs)]
+    snapshotter: Snapshotter,
     /// CRI's socket of an installed node; then the options above mean nothing
     #[arg(long, value_name = "SOCKET")]
     runtime_endpoint: Option<PathBuf>,
@@ -82,6 +85,7 @@ impl On {
             None => Setup::Own {
                 mode: self.mode,
                 backend: self.backend,
+                snapshotter: self.snapshotter,
             },
         }
     }
@@ -89,7 +93,7 @@ impl On {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Command::Run { rows, markdown, on } => run(&rows, markdown, &on.setup()),
+        Command::Run { rows, markdown, on } => run(rows, markdown, &on.setup()),
         Command::Soak {
             sequential,
             parallel,
@@ -117,11 +121,10 @@ fn say(line: &str) {
     let _ = writeln!(anstream::stdout(), "{line}");
 }
 
-fn run(which: &str, markdown: Option<PathBuf>, setup: &Setup) -> Result<bool, Skipped> {
-    let rows = select(which).map_err(Skipped)?;
+fn run(rows: Rows, markdown: Option<PathBuf>, setup: &Setup) -> Result<bool, Skipped> {
     let suite = Suite::start(setup)?;
     let mut report = Report::default();
-    for row in rows {
+    for row in rows.0 {
         let begun = Instant::now();
         let verdict = suite.run(&row);
         let seconds = begun.elapsed().as_secs_f64();
@@ -140,24 +143,30 @@ fn run(which: &str, markdown: Option<PathBuf>, setup: &Setup) -> Result<bool, Sk
     Ok(report.failed() == 0)
 }
 
+/// Rows, in their order.
+#[derive(Clone, Debug)]
+struct Rows(Vec<Row>);
+
 /// The rows that `which` names.
-fn select(which: &str) -> Result<Vec<Row>, String> {
+fn select(which: &str) -> Result<Rows, String> {
     let rows = ROWS.iter().copied();
     match which {
-        "all" => return Ok(rows.collect()),
-        "core" => return Ok(rows.filter(|row| row.core).collect()),
+        "all" => return Ok(Rows(rows.collect())),
+        "core" => return Ok(Rows(rows.filter(|row| row.core).collect())),
         _ => {}
     }
+    let wrong = || "give all, core, or numbers and ranges of rows such as 1,7-9".to_owned();
     let mut ranges = Vec::new();
     for part in which.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let number = |text: &str| {
-            text.parse::<u32>()
-                .map_err(|_| format!("{which:?}: give all, core, or numbers such as 1,7-9"))
-        };
+        let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
         ranges.push(number(first)?..=number(last)?);
     }
-    Ok(rows
+    let rows: Vec<_> = rows
         .filter(|row| ranges.iter().any(|range| range.contains(&row.number)))
-        .collect())
+        .collect();
+    if rows.is_empty() {
+        return Err(wrong());
+    }
+    Ok(Rows(rows))
 }

@@ -34,6 +34,44 @@ pub enum Backend {
     Qemu,
 }
 
+/// What containerd keeps layers of images as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Snapshotter {
+    /// Folders that it overlays.
+    Overlayfs,
+    /// A folder with a copy for each container.
+    Native,
+    /// Read-only images that it mounts and overlays.
+    Erofs,
+    /// A disk image for each container, of ext4, which the guest mounts.
+    Blockfile,
+}
+
+impl Snapshotter {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Overlayfs => "overlayfs",
+            Self::Native => "native",
+            Self::Erofs => "erofs",
+            Self::Blockfile => "blockfile",
+        }
+    }
+
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Overlayfs | Self::Native => None,
+            Self::Blockfile => harness::disk::tools_missing(),
+            Self::Erofs => {
+                let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+                let here = known.lines().any(|line| line.ends_with("\terofs"));
+                (!here)
+                    .then(|| "the host's kernel has no erofs".to_owned())
+                    .or_else(harness::disk::tools_missing)
+            }
+        }
+    }
+}
+
 /// Where the rows run.
 #[derive(Clone, Debug)]
 pub enum Setup {
@@ -43,6 +81,8 @@ pub enum Setup {
         mode: Mode,
         /// What runs the VMs.
         backend: Backend,
+        /// What containerd keeps layers of images as.
+        snapshotter: Snapshotter,
     },
     /// On an installed node's.
     Installed {
@@ -93,13 +133,17 @@ impl Suite {
         let scratch = tempfile::Builder::new().prefix("kuasar-rows-").tempdir();
         let scratch = scratch.map_err(|e| Skipped(e.to_string()))?;
         let (kubelet, mode, site) = match setup {
-            Setup::Own { mode, backend } => {
+            Setup::Own {
+                mode,
+                backend,
+                snapshotter,
+            } => {
                 let (line, reach) = match mode {
                     Mode::Proxy => (Line::V2, Reach::Proxy),
                     Mode::Shim => (Line::V2, Reach::Shim),
                     Mode::Shim17 => (Line::V1_7, Reach::Shim),
                 };
-                if let Some(why) = line.missing() {
+                if let Some(why) = line.missing().or_else(|| snapshotter.missing()) {
                     return Err(Skipped(why));
                 }
                 let kvm = harness::kvm_missing();
@@ -116,6 +160,7 @@ impl Suite {
                     mode: reach,
                     ttrpc: Some(ttrpc),
                     second_network: true,
+                    snapshotter: snapshotter.name(),
                     ..Options::default()
                 };
                 let node = Node::with_config(&config, &options);

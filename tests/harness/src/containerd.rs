@@ -119,7 +119,7 @@ pub struct Options {
     pub mode: Mode,
     /// `fifo` or `streaming`.
     pub io_type: &'static str,
-    /// `overlayfs` or `native`.
+    /// `overlayfs`, `native`, `erofs` or `blockfile`.
     pub snapshotter: &'static str,
     /// Network of the pods' bridge, its first three bytes.
     pub subnet: &'static str,
@@ -190,6 +190,10 @@ impl Containerd {
         fs::create_dir_all(&shims).expect("create a folder");
         for shim in SHIMS {
             std::os::unix::fs::symlink(bin_dir().join(shim), shims.join(shim)).expect("link");
+        }
+        if options.snapshotter == "blockfile" {
+            // Grows as layers fill it: 64 MiB hold those of the tests' images.
+            let _ = crate::disk::ext4(&dir.path().join(config::SCRATCH), 64, None);
         }
         config::write_cni(dir.path(), options.subnet);
         let config = config::config(dir.path(), &daemon.address(), options);
@@ -284,6 +288,28 @@ impl Containerd {
         });
     }
 
+    /// Describes a device by the Container Device Interface: `kind`=`name` is the host's node
+    /// `device`, and sets `KUASAR_CDI` to the name.
+    ///
+    /// # Panics
+    /// When the description cannot be written.
+    pub fn describe_device(&self, kind: &str, name: &str, device: &str) {
+        let spec = serde_json::json!({
+            "cdiVersion": "0.6.0",
+            "kind": kind,
+            "devices": [{
+                "name": name,
+                "containerEdits": {
+                    "deviceNodes": [{"path": device, "permissions": "rw"}],
+                    "env": [format!("KUASAR_CDI={name}")],
+                },
+            }],
+        });
+        let dir = self.dir.path().join(config::CDI);
+        fs::create_dir_all(&dir).expect("the folder of devices");
+        fs::write(dir.join(format!("{name}.json")), spec.to_string()).expect("a description");
+    }
+
     /// What pods may leave with it: mounts (network namespaces among them), bundles of tasks,
     /// addresses of their network.
     #[must_use]
@@ -334,7 +360,8 @@ impl Containerd {
             .unwrap_or_default()
             .lines()
             .filter_map(|line| line.split(' ').nth(4))
-            .filter(|point| point.starts_with(&below))
+            // Layers that its snapshotter keeps mounted.
+            .filter(|point| point.starts_with(&below) && !point.contains(".v1.erofs/snapshots/"))
             .map(str::to_owned)
             .collect()
     }

@@ -121,3 +121,30 @@ pub(super) fn raw(suite: &Suite) -> Outcome {
     }
     Ok(())
 }
+
+/// A device that a device plugin describes. Disks reach the guest; all else, of which VFIO is
+/// a part, is refused by name.
+pub(super) fn devices(suite: &Suite) -> Outcome {
+    let device = device(suite, &suite.folder())?;
+    let kind = "kuasar.test/disk";
+    let wanted = |name: &str, node: &str, script: &str| {
+        suite.with_node(|own| own.containerd.describe_device(kind, name, node))?;
+        let mut config = suite.container(name, script);
+        config.cdi_devices.push(v1::CdiDevice {
+            name: format!("{kind}={name}"),
+        });
+        Ok::<_, Skipped>(config)
+    };
+    let other = "/dev/net/tun";
+    let config = wanted("other", other, "true")?;
+    let why = suite.pod().try_run(config).unwrap_err();
+    assert!(why.message().contains(other), "{why}");
+    // The magic number of ext4 (its superblock's s_magic).
+    let script = format!(
+        "echo $KUASAR_CDI; dd if={} bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1",
+        device.0
+    );
+    let out = suite.output_of(wanted("disk", &device.0, &script)?);
+    assert_eq!(out, "disk\n 53 ef\n");
+    Ok(())
+}

@@ -146,7 +146,7 @@ pub const ROWS: &[Row] = &[
     row(33, "subPath", files::sub_path),
     row(34, "PVC on a block device", disks::volume),
     row(35, "raw block volumes", disks::raw),
-    row(36, "devices, CDI, VFIO", security::devices),
+    row(36, "devices, CDI, VFIO", disks::devices),
     row(37, "image volumes", files::image_volume),
     core(38, "host name", pods::host_name),
     core(39, "DNS, hosts", pods::dns),

@@ -137,7 +137,10 @@ pub(super) fn update(suite: &Suite) -> Outcome {
         String::from_utf8_lossy(&out.stdout).into_owned()
     })?;
     let usage: serde_json::Value = serde_json::from_str(&usage).unwrap();
-    assert!(usage["cpu"]["nr_throttled"].as_u64() > Some(0), "{usage}");
+    // The metrics of cgroup v2, and of v1, which 1.7 is given.
+    let throttled = ["/cpu/nr_throttled", "/cpu/throttling/throttled_periods"];
+    let throttled = throttled.iter().find_map(|at| usage.pointer(at)?.as_u64());
+    assert!(throttled > Some(0), "{usage}");
     kubelet.stop_container(&id, 0);
     kubelet.remove_container(&id);
     Ok(())

@@ -146,18 +146,3 @@ pub(super) fn lsm(suite: &Suite) -> Outcome {
     assert!(why.message().to_lowercase().contains("apparmor"), "{why}");
     Ok(())
 }
-
-pub(super) fn devices(suite: &Suite) -> Outcome {
-    let mut config = suite.container("device", "true");
-    config.devices.push(v1::Device {
-        container_path: "/dev/fuse".to_owned(),
-        host_path: "/dev/fuse".to_owned(),
-        permissions: "rw".to_owned(),
-    });
-    if !Path::new("/dev/fuse").exists() {
-        return skip("the host has no /dev/fuse to ask for");
-    }
-    let why = suite.pod().try_run(config).unwrap_err();
-    assert!(why.message().contains("/dev/fuse"), "{why}");
-    skip("devices of the host are refused clearly; none is passed through yet")
-}

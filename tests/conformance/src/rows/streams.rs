@@ -28,8 +28,9 @@ pub(super) fn exec(suite: &Suite) -> Outcome {
     let kubelet = &suite.kubelet;
     let shell = suite.shell();
     // A terminal: its size, input, ctrl-C.
-    let script = "trap 'echo interrupted; exit 7' INT; read -r line; echo got $line; stty size; \
-                  while :; do sleep 1; done";
+    // The size may come later than the line: they have different ways.
+    let script = "trap 'echo interrupted; exit 7' INT; read -r line; echo got $line; \
+                  until stty size | grep '31 97'; do sleep 1; done; while :; do sleep 1; done";
     let url = url_of_exec(kubelet, &shell, script, true);
     let mut session = suite.session(&url);
     session.send(RESIZE, br#"{"Width":97,"Height":31}"#);

@@ -7,6 +7,12 @@ use serde_json::json;
 
 use super::{Line, Mode, Options, PAUSE};
 
+/// What the blockfile snapshotter copies for each layer, in containerd's folder.
+pub(super) const SCRATCH: &str = "scratch.ext4";
+
+/// Descriptions of devices, in containerd's folder.
+pub(super) const CDI: &str = "cdi";
+
 /// The configuration of a containerd in `dir` for the daemon on `sandboxer`.
 pub(super) fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String {
     match options.line {
@@ -19,17 +25,20 @@ pub(super) fn config(dir: &Path, sandboxer: &Path, options: &Options) -> String 
 fn common(dir: &Path, options: &Options) -> String {
     let own = dir.join("containerd.sock.ttrpc");
     let ttrpc = options.ttrpc.as_ref().unwrap_or(&own).display();
+    let wanted = options.snapshotter;
+    // What needs kernel modules or daemons that these tests do not use.
+    let disabled: Vec<String> = ["blockfile", "btrfs", "devmapper", "erofs", "zfs"]
+        .into_iter()
+        .filter(|name| *name != wanted)
+        .map(|name| format!("io.containerd.snapshotter.v1.{name}"))
+        .chain((wanted != "erofs").then(|| "io.containerd.differ.v1.erofs".to_owned()))
+        .chain(["nri.v1.nri", "internal.v1.opt"].map(|name| format!("io.containerd.{name}")))
+        .collect();
     let dir = dir.display();
     format!(
         r#"root = "{dir}/root"
 state = "{dir}/state"
-# What needs kernel modules or daemons that these tests do not use.
-disabled_plugins = [
-  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.differ.v1.erofs",
-  "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt",
-]
+disabled_plugins = {disabled:?}
 
 [grpc]
   address = "{dir}/containerd.sock"
@@ -61,9 +70,14 @@ fn v2(dir: &Path, sandboxer: &Path, options: &Options) -> String {
 
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = "{snapshotter}"
+[plugins.'io.containerd.snapshotter.v1.blockfile']
+  root_path = "{dir}/blockfile"
+  scratch_file = "{dir}/{SCRATCH}"
+  fs_type = "ext4"
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = "{PAUSE}"
 [plugins.'io.containerd.cri.v1.runtime']
+  cdi_spec_dirs = ["{dir}/{CDI}"]
   netns_mounts_under_state_dir = true
   restrict_oom_score_adj = {restrict}
 [plugins.'io.containerd.cri.v1.runtime'.cni]
@@ -96,6 +110,8 @@ fn v1_7(dir: &Path, options: &Options) -> String {
         r#"version = 2
 {common}
 [plugins."io.containerd.grpc.v1.cri"]
+  enable_cdi = true
+  cdi_spec_dirs = ["{dir}/{CDI}"]
   netns_mounts_under_state_dir = true
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "{cni}"
