@@ -109,7 +109,7 @@ impl Daemon {
     }
 
     /// Waits until somebody listens on the daemon's socket.
-    async fn back(&self) {
+    pub(crate) async fn back(&self) {
         let watch = watch(&self.socket);
         while tokio::net::UnixStream::connect(&self.socket).await.is_err() {
             let changed = async {

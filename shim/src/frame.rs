@@ -20,7 +20,7 @@ const REQUEST: u8 = 1;
 const RESPONSE: u8 = 2;
 
 /// A frame as it was read, header and all.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Frame(Vec<u8>);
 
 impl Frame {

@@ -2,9 +2,10 @@
 //! to the pod's task socket byte for byte, streams among them.
 //!
 //! Each connection has one of its own to the task socket, so that the ids of streams are the
-//! same on both sides.
+//! same on both sides. A daemon that goes away may leave the pod to the next one: calls that wait
+//! for the end of a process are asked again there, all others fail.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prost::Message;
@@ -62,24 +63,30 @@ struct Upstream {
     open: Arc<Open>,
 }
 
-/// Streams that the task socket has not answered; `None` when the connection has ended.
+/// Streams that are not answered, with their request where it may be asked again.
+type Streams = HashMap<u32, Option<Frame>>;
+
+/// What the task socket has not answered; `None` when the connection has ended.
 #[derive(Debug)]
-struct Open(Mutex<Option<HashSet<u32>>>);
+struct Open(Mutex<Option<Streams>>);
 
 impl Open {
-    fn streams(&self) -> MutexGuard<'_, Option<HashSet<u32>>> {
+    fn streams(&self) -> MutexGuard<'_, Option<Streams>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes a stream; `false` when the connection has ended.
-    fn insert(&self, stream: u32) -> bool {
+    fn insert(&self, stream: u32, again: Option<&Frame>) -> bool {
         let mut streams = self.streams();
-        streams.as_mut().map(|open| open.insert(stream)).is_some()
+        let open = streams.as_mut();
+        open.map(|open| open.insert(stream, again.cloned()))
+            .is_some()
     }
 
-    fn remove(&self, stream: u32) -> bool {
-        let mut streams = self.streams();
-        streams.as_mut().is_some_and(|open| open.remove(&stream))
+    fn remove(&self, stream: u32) {
+        if let Some(open) = self.streams().as_mut() {
+            open.remove(&stream);
+        }
     }
 }
 
@@ -152,7 +159,8 @@ impl Proxy {
                 return send(&self.to, &Frame::response(stream, Err(status))).await;
             }
         }
-        if let Err(status) = self.hand_on(&frame).await {
+        let waits = request.service.starts_with(TASK) && request.method == "Wait";
+        if let Err(status) = self.hand_on(&frame, waits).await {
             let (service, method) = (&request.service, &request.method);
             self.log
                 .warn(&format!("{service}/{method}: {}", status.message()));
@@ -160,15 +168,14 @@ impl Proxy {
         }
     }
 
-    async fn hand_on(&mut self, frame: &Frame) -> Result<(), Status> {
-        let stream = frame.stream();
-        if !self
-            .upstream
-            .as_ref()
-            .is_some_and(|upstream| upstream.open.insert(stream))
-        {
+    async fn hand_on(&mut self, frame: &Frame, waits: bool) -> Result<(), Status> {
+        let note = |upstream: &Upstream| {
+            let again = waits.then_some(frame);
+            upstream.open.insert(frame.stream(), again)
+        };
+        if !self.upstream.as_ref().is_some_and(note) {
             let upstream = self.connect().await?;
-            upstream.open.insert(stream);
+            note(&upstream);
             self.upstream = Some(upstream);
         }
         if let Some(upstream) = &mut self.upstream {
@@ -179,16 +186,8 @@ impl Proxy {
     }
 
     async fn connect(&mut self) -> Result<Upstream, Status> {
-        let socket = self.sandbox.task_socket().await?;
-        let connection = UnixStream::connect(&socket).await.map_err(|e| {
-            self.sandbox.lost();
-            let socket = socket.display();
-            Status::unavailable(format!(
-                "the sandbox's tasks are not served on {socket}: {e}"
-            ))
-        })?;
-        let (from, to) = connection.into_split();
-        let open = Arc::new(Open(Mutex::new(Some(HashSet::new()))));
+        let (from, to) = self.sandbox.connect_tasks().await?.into_split();
+        let open = Arc::new(Open(Mutex::new(Some(Streams::new()))));
         let back = back(
             from,
             Arc::clone(&self.to),
@@ -200,7 +199,7 @@ impl Proxy {
     }
 }
 
-/// Carries what the task socket says back, until it says no more.
+/// Carries what the task socket says back, until all that was asked there is answered.
 async fn back(mut from: OwnedReadHalf, to: Writer, open: Arc<Open>, sandbox: Arc<Sandbox>) {
     while let Ok(Some(frame)) = Frame::read(&mut from).await {
         if frame.is_response() {
@@ -209,10 +208,42 @@ async fn back(mut from: OwnedReadHalf, to: Writer, open: Arc<Open>, sandbox: Arc
         send(&to, &frame).await;
     }
     sandbox.lost();
+    let mut waits = HashMap::new();
     let lost = open.streams().take().unwrap_or_default();
-    for stream in lost {
-        let status = Status::unavailable("the sandbox has ended: its tasks are served no more");
+    for (stream, again) in lost {
+        if let Some(frame) = again {
+            waits.insert(stream, frame);
+            continue;
+        }
+        let status = Status::unavailable("the sandbox's tasks are served no more");
         send(&to, &Frame::response(stream, Err(status))).await;
+    }
+    while !waits.is_empty() {
+        match sandbox.tasks_again().await {
+            Ok(connection) => wait_again(connection, &to, &mut waits).await,
+            Err(status) => {
+                for (stream, _) in waits.drain() {
+                    send(&to, &Frame::response(stream, Err(status.clone()))).await;
+                }
+            }
+        }
+        sandbox.lost();
+    }
+}
+
+/// Asks what waits again, and carries the answers back.
+async fn wait_again(mut connection: UnixStream, to: &Writer, waits: &mut HashMap<u32, Frame>) {
+    for frame in waits.values() {
+        if frame.write(&mut connection).await.is_err() {
+            return;
+        }
+    }
+    while !waits.is_empty()
+        && let Ok(Some(frame)) = Frame::read(&mut connection).await
+    {
+        if waits.remove(&frame.stream()).is_some() {
+            send(to, &frame).await;
+        }
     }
 }
 

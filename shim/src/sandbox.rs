@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prost::Message;
+use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tonic::{Code, Status};
 
@@ -252,6 +253,31 @@ impl Sandbox {
             )));
         }
         self.remember(&status.address)
+    }
+
+    /// A connection to the pod's tasks.
+    ///
+    /// # Errors
+    /// As of [`Self::task_socket`], or nobody is there.
+    pub(crate) async fn connect_tasks(&self) -> Result<UnixStream, Status> {
+        let socket = self.task_socket().await?;
+        UnixStream::connect(&socket).await.map_err(|e| {
+            self.lost();
+            let socket = socket.display();
+            Status::unavailable(format!(
+                "the sandbox's tasks are not served on {socket}: {e}"
+            ))
+        })
+    }
+
+    /// The same, where the daemon may have gone away: the next one is waited for, since only it
+    /// can tell whether the pod went, too.
+    ///
+    /// # Errors
+    /// The pod does not run any more.
+    pub(crate) async fn tasks_again(&self) -> Result<UnixStream, Status> {
+        self.daemon.back().await;
+        self.connect_tasks().await
     }
 
     fn known(&self) -> Option<PathBuf> {

@@ -17,7 +17,12 @@ pub fn soak(setup: &Setup, sequential: u32, parallel: u32) -> Result<(), Skipped
     let suite = Suite::start(setup)?;
     let begun = Instant::now();
     for number in 0..sequential {
-        one(&suite, &format!("seq-{number}"));
+        pod(&suite.kubelet, &format!("seq-{number}"));
+        let done = number + 1;
+        if done % 10 == 0 && done < sequential {
+            let seconds = begun.elapsed().as_secs_f64();
+            eprintln!("{done} of {sequential} pods in {seconds:.1} s");
+        }
     }
     eprintln!(
         "{sequential} pods in {:.1} s",
@@ -41,10 +46,6 @@ pub fn soak(setup: &Setup, sequential: u32, parallel: u32) -> Result<(), Skipped
     );
     suite.finish();
     Ok(())
-}
-
-fn one(suite: &Suite, name: &str) {
-    pod(&suite.kubelet, name);
 }
 
 fn pod(kubelet: &harness::kubelet::Kubelet, name: &str) {

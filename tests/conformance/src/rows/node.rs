@@ -81,7 +81,7 @@ pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
         return skip("pods are threads of the daemon and end with it, by design; see row 53");
     }
     let kubelet = &suite.kubelet;
-    let _runs = suite.shell();
+    let shell = suite.shell();
     let keep = suite.container("keeps", "echo kept > /dev/shm/note");
     let _ = suite.output_of(keep);
     suite.with_node(|node| node.world.daemon.kill_and_restart())?;
@@ -99,8 +99,10 @@ pub(super) fn daemon_restart(suite: &Suite) -> Outcome {
     assert_eq!(kubelet.exited(&id).exit_code, 6);
     kubelet.remove_container(&id);
     if suite.mode != Some(Mode::Proxy) {
-        // Behind a shim containerd does not find out by itself that the shell runs on.
-        suite.with_node(|node| node.containerd.restart(Signal::SIGTERM))?;
+        // Behind a shim containerd has not even noticed: its waiting call is asked again.
+        assert_eq!(kubelet.output(&shell, "echo never gone"), "never gone\n");
+        kubelet.stop_container(&shell, 0);
+        assert_eq!(kubelet.exited(&shell).exit_code, 137);
     }
     // As the kubelet does first. It ends what containerd has lost sight of.
     kubelet.stop_pod(&pod);
