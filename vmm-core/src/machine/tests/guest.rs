@@ -23,6 +23,10 @@ impl Code {
         Self::default()
     }
 
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self(bytes.to_vec())
+    }
+
     fn then(mut self, bytes: &[&[u8]]) -> Self {
         self.0.extend(bytes.concat());
         self

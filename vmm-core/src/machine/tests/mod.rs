@@ -5,12 +5,13 @@ mod disks;
 mod ends;
 mod guest;
 mod life;
+mod range;
 mod snapshot;
 
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use self::guest::Code;
 use super::Machine;
@@ -60,6 +61,15 @@ fn machine_with(
 impl Machine {
     /// Four bytes of guest memory.
     fn peek(&self, address: u64) -> u32 {
+        self.peek_at(address)
+    }
+
+    /// Eight bytes of guest memory.
+    fn peek_u64(&self, address: u64) -> u64 {
+        self.peek_at(address)
+    }
+
+    fn peek_at<T: ByteValued>(&self, address: u64) -> T {
         let live = self.live().unwrap();
         let memory = live.vm.ram().unwrap().guest_memory();
         memory.read_obj(GuestAddress(address)).unwrap()
