@@ -31,6 +31,17 @@ pub enum Discovery {
     CommandLine,
 }
 
+/// How the kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BootProtocol {
+    /// At its 64-bit Linux entry point. An ELF file whose own entry point is none of the
+    /// addresses that it is loaded at has no such; it is entered by PVH.
+    #[default]
+    Auto,
+    /// By PVH, which the ELF file has to have an entry point for.
+    Pvh,
+}
+
 /// Where the serial console goes besides the tail kept in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConsoleLog {
@@ -79,6 +90,8 @@ pub struct MachineConfig {
     pub huge_pages: bool,
     /// Kernel image: a 64-bit ELF `vmlinux` or a `bzImage`.
     pub kernel: PathBuf,
+    /// How it is entered.
+    pub protocol: BootProtocol,
     /// Initial RAM file system, handed to the kernel as it is.
     pub initramfs: Option<PathBuf>,
     /// Appended to the parameters the machine needs itself (console, reboot, devices,
@@ -102,6 +115,7 @@ impl MachineConfig {
             memory_bytes: 128 << 20,
             huge_pages: false,
             kernel: kernel.into(),
+            protocol: BootProtocol::Auto,
             initramfs: None,
             cmdline: String::new(),
             console: ConsoleLog::default(),

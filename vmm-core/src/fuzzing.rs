@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 
 use crate::arch::{self, Kernel, MmioDevice, Platform};
+use crate::config::BootProtocol;
 use crate::memory::GuestRam;
 use crate::snapshot;
 
@@ -21,7 +22,7 @@ pub fn seal_state(content: &[u8]) -> Vec<u8> {
     snapshot::seal(content)
 }
 
-/// Puts a kernel and an initramfs into fresh guest memory; returns where it starts.
+/// Puts a kernel and an initramfs into fresh guest memory.
 ///
 /// # Errors
 /// When they are not what they should be, or do not fit.
@@ -30,12 +31,17 @@ pub fn load_kernel(
     initramfs: Option<&Path>,
     memory_bytes: u64,
     acpi: bool,
-) -> Result<u64, Box<dyn std::error::Error>> {
+    pvh: bool,
+) -> Result<(), Box<dyn std::error::Error>> {
     let ram = GuestRam::new("fuzz", memory_bytes)?;
     let source = Kernel {
         kernel,
         initramfs,
         cmdline: "console=ttyS0",
+        protocol: match pvh {
+            true => BootProtocol::Pvh,
+            false => BootProtocol::Auto,
+        },
     };
     let device = MmioDevice {
         address: arch::layout::MMIO_DEVICES,
@@ -47,5 +53,6 @@ pub fn load_kernel(
         devices: vec![device],
         acpi,
     };
-    Ok(arch::load(&ram, &source, &platform)?)
+    arch::load(&ram, &source, &platform)?;
+    Ok(())
 }

@@ -1,7 +1,8 @@
 //! A real Linux guest: from the kernel's entry to a shell script as `/init`.
 //!
 //! `VMM_TEST_KERNEL` names the kernel; a static busybox makes the initramfs.
-//! `VMM_TEST_DISCOVERY=acpi` uses ACPI where the command line is the default.
+//! `VMM_TEST_DISCOVERY=acpi` uses ACPI where the command line is the default,
+//! `VMM_TEST_PROTOCOL=pvh` the kernel's PVH entry point.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,7 +18,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use devices::virtio::fs::{Fs, FsConfig};
-use vmm_core::config::Discovery;
+use vmm_core::config::{BootProtocol, Discovery};
 use vmm_core::vm::{ExitReason, Vm};
 use vmm_core::{DeviceSet, Host, Machine, MachineConfig};
 
@@ -66,6 +67,9 @@ fn boot(host: &Host, kernel: &Path, vcpus: u32, script: &str) -> (Machine, ExitR
     "quiet".clone_into(&mut config.cmdline);
     if std::env::var_os("VMM_TEST_DISCOVERY").is_some_and(|value| value == "acpi") {
         config.discovery = Discovery::Acpi;
+    }
+    if std::env::var_os("VMM_TEST_PROTOCOL").is_some_and(|value| value == "pvh") {
+        config.protocol = BootProtocol::Pvh;
     }
     let share = dir.path().join("share");
     fs::create_dir(&share).unwrap();

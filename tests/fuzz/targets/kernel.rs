@@ -22,7 +22,7 @@ fn file(content: &[u8]) -> (File, PathBuf) {
 }
 
 fn play(input: &mut Unstructured<'_>) -> Result<()> {
-    let (acpi, initramfs, zeroes): (bool, bool, bool) = input.arbitrary()?;
+    let (acpi, initramfs, zeroes, pvh): (bool, bool, bool, bool) = input.arbitrary()?;
     let (kernel, path) = file(input.bytes(input.len())?);
     if zeroes {
         // Segments may lie far into the file.
@@ -30,7 +30,8 @@ fn play(input: &mut Unstructured<'_>) -> Result<()> {
     }
     let (other, other_path) = file(&[]);
     other.set_len(INITRAMFS_BYTES).unwrap();
-    let _ = load_kernel(&path, initramfs.then_some(&*other_path), MEMORY, acpi);
+    let initramfs = initramfs.then_some(&*other_path);
+    let _ = load_kernel(&path, initramfs, MEMORY, acpi, pvh);
     Ok(())
 }
 

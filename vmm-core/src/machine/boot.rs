@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::frame::Frame;
 use super::{BuildError, Machine, Phases, VmShell, cmdline};
-use crate::arch::{self, Platform};
+use crate::arch::{self, Entry, Platform};
 use crate::config::{Discovery, MachineConfig};
 use crate::exit::ExitNotice;
 use crate::host::Host;
@@ -54,6 +54,7 @@ impl Machine {
             kernel: &config.kernel,
             initramfs: config.initramfs.as_deref(),
             cmdline: &cmdline,
+            protocol: config.protocol,
         };
         let entry = arch::load(&frame.ram, &kernel, &platform)?;
         set_boot_state(host, &frame.shell, entry)?;
@@ -61,7 +62,7 @@ impl Machine {
     }
 }
 
-fn set_boot_state(host: &Host, shell: &VmShell, entry: u64) -> Result<(), BuildError> {
+fn set_boot_state(host: &Host, shell: &VmShell, entry: Entry) -> Result<(), BuildError> {
     let count = u8::try_from(shell.vcpus.len()).unwrap_or(u8::MAX);
     for (index, vcpu) in (0_u8..).zip(&shell.vcpus) {
         let cpuid =

@@ -3,7 +3,7 @@
 //! | from | what |
 //! |---|---|
 //! | `0x500` | GDT |
-//! | `0x7000` | boot parameters (zero page) |
+//! | `0x7000` | boot parameters (zero page), or PVH's start info and what it points to |
 //! | `0x8ff0` | boot stack, growing down |
 //! | `0x9000` | page tables: PML4, PDPT, PD |
 //! | `0x2_0000` | kernel command line |
@@ -17,6 +17,8 @@
 pub(crate) const GDT: u64 = 0x500;
 /// `struct boot_params`.
 pub(crate) const ZERO_PAGE: u64 = 0x7000;
+/// `struct hvm_start_info` of kernels that have no zero page.
+pub(crate) const START_INFO: u64 = ZERO_PAGE;
 /// Initial stack pointer.
 pub(crate) const BOOT_STACK: u64 = 0x8ff0;
 /// Top-level page table; the other two follow in the next pages.

@@ -1,4 +1,4 @@
-//! x86-64: the guest starts in 64-bit mode, as the Linux boot protocol has it.
+//! x86-64: the guest starts in 64-bit mode, as the Linux boot protocol has it, or by PVH.
 
 mod acpi;
 mod boot;
@@ -6,11 +6,12 @@ mod cpuid;
 mod lapic;
 pub(crate) mod layout;
 mod mptable;
+mod pvh;
 mod registers;
 mod state;
 
 pub use boot::BootError;
-pub(crate) use boot::{Kernel, load};
+pub(crate) use boot::{Entry, Kernel, load};
 pub(crate) use cpuid::guest_cpuid;
 pub(crate) use registers::configure_vcpu;
 pub(crate) use state::{ChipsState, Refused, VcpuState};

@@ -1,9 +1,11 @@
-//! The state in which a vCPU starts (Linux x86 boot protocol, "64-bit Boot Protocol").
+//! The state in which a vCPU starts (Linux x86 boot protocol, "64-bit Boot Protocol"; Xen,
+//! "x86/HVM direct boot ABI").
 
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
+use super::boot::Entry;
 use super::{lapic, layout};
 
 const CR0_PE: u64 = 1;
@@ -53,27 +55,61 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap<()>) -> Result<(), GuestMemo
 pub(crate) fn configure_vcpu(
     vcpu: &VcpuFd,
     cpuid: &CpuId,
-    entry: Option<u64>,
+    entry: Option<Entry>,
 ) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_cpuid2(cpuid)?;
     set_msrs(vcpu)?;
     if let Some(entry) = entry {
         let mut sregs = vcpu.get_sregs()?;
-        enter_long_mode(&mut sregs);
-        vcpu.set_sregs(&sregs)?;
-        vcpu.set_regs(&kvm_regs {
-            rip: entry,
-            rsi: layout::ZERO_PAGE,
-            rsp: layout::BOOT_STACK,
-            rbp: layout::BOOT_STACK,
+        let mut regs = kvm_regs {
             rflags: 2,
             ..Default::default()
-        })?;
+        };
+        match entry {
+            Entry::Linux(address) => {
+                enter_long_mode(&mut sregs);
+                regs.rip = address;
+                regs.rsi = layout::ZERO_PAGE;
+                regs.rsp = layout::BOOT_STACK;
+                regs.rbp = layout::BOOT_STACK;
+            }
+            Entry::Pvh(address) => {
+                enter_protected_mode(&mut sregs);
+                regs.rip = address;
+                regs.rbx = layout::START_INFO;
+            }
+        }
+        vcpu.set_sregs(&sregs)?;
+        vcpu.set_regs(&regs)?;
     }
     lapic::configure(vcpu)
 }
 
 fn enter_long_mode(sregs: &mut kvm_sregs) {
+    set_flat_segments(sregs);
+    sregs.cs.l = 1;
+    sregs.cs.db = 0;
+    sregs.gdt.base = layout::GDT;
+    sregs.gdt.limit = 8 * 4 - 1;
+    sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
+    sregs.cr3 = layout::PML4;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA;
+}
+
+/// 32-bit protected mode without paging.
+fn enter_protected_mode(sregs: &mut kvm_sregs) {
+    set_flat_segments(sregs);
+    // A busy 32-bit TSS.
+    sregs.tr.base = 0;
+    sregs.tr.limit = 0x67;
+    sregs.tr.type_ = 0xb;
+    sregs.cr0 = CR0_PE | CR0_ET;
+    sregs.cr4 = 0;
+}
+
+/// All of the first 4 GiB, 32-bit code.
+fn set_flat_segments(sregs: &mut kvm_sregs) {
     let code = kvm_segment {
         base: 0,
         limit: u32::MAX,
@@ -81,15 +117,13 @@ fn enter_long_mode(sregs: &mut kvm_sregs) {
         type_: 0xb,
         present: 1,
         s: 1,
-        l: 1,
+        db: 1,
         g: 1,
         ..Default::default()
     };
     let data = kvm_segment {
         selector: DATA_SELECTOR,
         type_: 3,
-        l: 0,
-        db: 1,
         ..code
     };
     sregs.cs = code;
@@ -102,12 +136,6 @@ fn enter_long_mode(sregs: &mut kvm_sregs) {
     ] {
         *segment = data;
     }
-    sregs.gdt.base = layout::GDT;
-    sregs.gdt.limit = 8 * 4 - 1;
-    sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
-    sregs.cr3 = layout::PML4;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LME | EFER_LMA;
 }
 
 /// What firmware would have set. A KVM that lacks one of them does without.

@@ -166,6 +166,22 @@ impl Code {
 
     /// One segment, loaded and entered at [`LOAD_ADDRESS`].
     pub fn elf(&self) -> Vec<u8> {
+        self.elf_entered_at(LOAD_ADDRESS, &[])
+    }
+
+    /// One segment, loaded at [`LOAD_ADDRESS`]; the ELF entry point is where a kernel would
+    /// map itself, PVH's where it is loaded.
+    pub fn pvh_elf(&self) -> Vec<u8> {
+        let mut note = Vec::new();
+        for word in [4, 4, 18_u32] {
+            note.extend(word.to_le_bytes());
+        }
+        note.extend(b"Xen\0");
+        note.extend((LOAD_ADDRESS as u32).to_le_bytes());
+        self.elf_entered_at(0xffff_ffff_8010_0000, &note)
+    }
+
+    fn elf_entered_at(&self, entry: u64, note: &[u8]) -> Vec<u8> {
         const HEADER_BYTES: u64 = 64;
         const SEGMENT_AT: u64 = 0x1000;
         let len = self.0.len() as u64;
@@ -174,20 +190,25 @@ impl Code {
         elf.extend(2_u16.to_le_bytes()); // ET_EXEC
         elf.extend(62_u16.to_le_bytes()); // EM_X86_64
         elf.extend(1_u32.to_le_bytes());
-        elf.extend(LOAD_ADDRESS.to_le_bytes()); // entry
+        elf.extend(entry.to_le_bytes());
         elf.extend(HEADER_BYTES.to_le_bytes()); // program headers
         elf.extend(0_u64.to_le_bytes()); // section headers
         elf.extend(0_u32.to_le_bytes());
-        for half in [64_u16, 56, 1, 0, 0, 0] {
+        for half in [64_u16, 56, 2, 0, 0, 0] {
             elf.extend(half.to_le_bytes());
         }
-        elf.extend(1_u32.to_le_bytes()); // PT_LOAD
-        elf.extend(7_u32.to_le_bytes());
-        for word in [SEGMENT_AT, LOAD_ADDRESS, LOAD_ADDRESS, len, len, 0x1000] {
-            elf.extend(word.to_le_bytes());
+        let segment = (1, 7, SEGMENT_AT, LOAD_ADDRESS, len); // PT_LOAD
+        let notes = (4, 4, SEGMENT_AT + len, 0, note.len() as u64); // PT_NOTE
+        for (kind, flags, at, address, len) in [segment, notes] {
+            elf.extend(u32::to_le_bytes(kind));
+            elf.extend(u32::to_le_bytes(flags));
+            for word in [at, address, address, len, len, 4] {
+                elf.extend(u64::to_le_bytes(word));
+            }
         }
         elf.resize(0x1000, 0);
         elf.extend(&self.0);
+        elf.extend(note);
         elf
     }
 }

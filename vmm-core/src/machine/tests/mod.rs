@@ -5,6 +5,7 @@ mod disks;
 mod ends;
 mod guest;
 mod life;
+mod pvh;
 mod range;
 mod snapshot;
 
