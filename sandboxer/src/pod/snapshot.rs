@@ -103,8 +103,8 @@ impl Pod {
         let work = async move {
             let saved = pod.write(&dir, base.as_deref()).await;
             if saved.is_err()
-                && let Ok(machine) = pod.machine()
-                && let Err(e) = machine.vm.resume().await
+                && pod.machine().is_ok()
+                && let Err(e) = pod.resume_machine().await
             {
                 tracing::error!(pod = pod.id(), "does not go on: {e}");
             }

@@ -11,10 +11,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e::World;
-use harness::{eventually, skip_if};
+use harness::{clock_error, eventually, skip_if};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -34,7 +34,7 @@ fn world(more: &str) -> World {
     World::with_config(&format!("{CONFIG}{more}"))
 }
 
-/// Starts a pod that counts into a file of the host.
+/// Starts a pod that counts into a file of the host, and writes the time into one before that.
 fn counter(world: &World, name: &str) -> std::path::PathBuf {
     let data = world.scratch().join(name);
     fs::create_dir(&data).unwrap();
@@ -44,7 +44,8 @@ fn counter(world: &World, name: &str) -> std::path::PathBuf {
     let run = world.ctl.run([
         "run", "--detach", "--name", name, "--volume", &volume, "--rootfs", &rootfs, "--",
         "/bin/sh", "-c",
-        "n=0; while :; do n=$((n+1)); echo $n; echo $n > /data/count; sleep 0.2; done",
+        "n=0; while :; do n=$((n+1)); echo $n; echo $EPOCHREALTIME > /data/clock; \
+         echo $n > /data/count; sleep 0.2; done",
     ]);
     run.expect_code(0);
     data.join("count")
@@ -83,13 +84,18 @@ fn a_vmm_that_dies_or_hangs_takes_only_its_pod() {
     reaches(&killed, 1);
     reaches(&hung, 1);
 
-    // Standing still, and going on.
+    // Standing still, and going on, at the right time.
     world.ctl.run(["pause", "hung"]).expect_code(0);
-    let paused_at = count(&hung);
-    std::thread::sleep(Duration::from_secs(1));
+    let (paused_at, since) = (count(&hung), Instant::now());
+    std::thread::sleep(Duration::from_secs(2));
     assert_eq!(count(&hung), paused_at);
+    let stood_still = since.elapsed();
     world.ctl.run(["resume", "hung"]).expect_code(0);
     reaches(&hung, paused_at + 2);
+    let clock = hung.with_file_name("clock");
+    eventually("the right time in the guest", SLOW, || {
+        clock_error(&clock).filter(|error| *error < stood_still)
+    });
     // What the backend cannot do is said.
     let to = world.scratch().join("snapshot");
     let snapshot = world

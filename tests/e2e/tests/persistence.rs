@@ -10,15 +10,16 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e::World;
-use harness::{eventually, kvm_missing, not_in_process, skip_if};
+use harness::{clock_error, eventually, kvm_missing, not_in_process, skip_if};
 
 /// Counts in a shell variable, which is nowhere but in guest memory, and writes each number to
-/// the terminal, to a file that stays open and to a disk.
+/// the terminal, to a disk and to a file that stays open, and the time to a file before that.
 const COUNT: &str = "exec 5>>/data/count; n=0; \
-                     while :; do n=$((n+1)); echo $n; echo $n >&5; echo $n > /disk/count; sleep 1; done";
+                     while :; do n=$((n+1)); echo $n; echo $n > /disk/count; \
+                     echo $EPOCHREALTIME > /data/clock; echo $n >&5; sleep 1; done";
 
 const SLOW: Duration = Duration::from_secs(300);
 
@@ -56,14 +57,22 @@ fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
     run.expect_code(0);
     let reaches = |count| eventually("the counter", SLOW, || (counted() >= count).then_some(()));
     reaches(2);
+    // A clock that stood still as long as the pod, or longer, is never that right again.
+    let clock = data.join("clock");
+    let knows_the_time = |stood_still: Duration| {
+        let right = || clock_error(&clock).filter(|error| *error < stood_still);
+        eventually("the right time in the guest", SLOW, right);
+    };
 
     // In memory.
     world.ctl.run(["pause", "counter"]).expect_code(0);
-    let paused_at = counted();
+    let (paused_at, since) = (counted(), Instant::now());
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(counted(), paused_at, "it counted while it was paused");
+    let stood_still = since.elapsed();
     world.ctl.run(["resume", "counter"]).expect_code(0);
-    reaches(paused_at + 1);
+    reaches(paused_at + 2);
+    knows_the_time(stood_still);
 
     // On disk, the pod going on.
     let copy = world.scratch().join("copy");
@@ -83,12 +92,15 @@ fn a_pod_goes_on_from_disk_after_its_daemon_was_replaced() {
 
     // On disk, and the daemon gone.
     world.ctl.run(["snapshot", "counter"]).expect_code(0);
-    let saved_at = counted();
+    let (saved_at, since) = (counted(), Instant::now());
     world.assert_nothing_left();
     world.daemon.terminate();
     world.daemon.start_again();
+    std::thread::sleep(Duration::from_secs(3));
+    let stood_still = since.elapsed();
     world.ctl.run(["restore", "counter"]).expect_code(0);
     reaches(saved_at + 2);
+    knows_the_time(stood_still);
     let text = fs::read_to_string(&file).unwrap();
     let numbers: Vec<u32> = text.lines().map(|line| line.parse().unwrap()).collect();
     assert!(

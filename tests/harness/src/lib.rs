@@ -28,7 +28,7 @@ pub mod wasm;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The folder that holds the binaries of the profile under test.
 ///
@@ -117,6 +117,16 @@ pub fn eventually<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Opti
         );
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// How far the clock of a guest was from this host's when it last wrote the time to `file`, as
+/// `echo $EPOCHREALTIME > FILE` does.
+#[must_use]
+pub fn clock_error(file: &Path) -> Option<Duration> {
+    let guest: f64 = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
+    let host = std::fs::metadata(file).ok()?.modified().ok()?;
+    let host = host.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    Some(host.abs_diff(Duration::from_secs_f64(guest)))
 }
 
 /// Ends a test early, saying why, when `$reason` is `Some`.
