@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Where the code is loaded and starts.
-const LOAD_ADDRESS: u64 = 0x10_0000;
+const LOAD_ADDRESS: u32 = 0x10_0000;
 /// Port of the serial console.
 pub const SERIAL: u16 = 0x3f8;
 /// Where a guest counts.
@@ -166,7 +166,7 @@ impl Code {
 
     /// One segment, loaded and entered at [`LOAD_ADDRESS`].
     pub fn elf(&self) -> Vec<u8> {
-        self.elf_entered_at(LOAD_ADDRESS, &[])
+        self.elf_entered_at(LOAD_ADDRESS.into(), &[])
     }
 
     /// One segment, loaded at [`LOAD_ADDRESS`]; the ELF entry point is where a kernel would
@@ -177,7 +177,7 @@ impl Code {
             note.extend(word.to_le_bytes());
         }
         note.extend(b"Xen\0");
-        note.extend((LOAD_ADDRESS as u32).to_le_bytes());
+        note.extend(LOAD_ADDRESS.to_le_bytes());
         self.elf_entered_at(0xffff_ffff_8010_0000, &note)
     }
 
@@ -197,7 +197,7 @@ impl Code {
         for half in [64_u16, 56, 2, 0, 0, 0] {
             elf.extend(half.to_le_bytes());
         }
-        let segment = (1, 7, SEGMENT_AT, LOAD_ADDRESS, len); // PT_LOAD
+        let segment = (1, 7, SEGMENT_AT, LOAD_ADDRESS.into(), len); // PT_LOAD
         let notes = (4, 4, SEGMENT_AT + len, 0, note.len() as u64); // PT_NOTE
         for (kind, flags, at, address, len) in [segment, notes] {
             elf.extend(u32::to_le_bytes(kind));
