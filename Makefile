@@ -98,6 +98,11 @@ bench-hv: build guest ## The same work on each backend that is here; writes targ
 	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86
 	$(STEP) "hypervisor benchmark" -- $(CARGO) run --release -p bench --bin bench-hv
 
+.PHONY: bench-io
+bench-io: build guest ## Disk, share, network and vsock in pods of each backend; writes target/bench/io.json
+	$(STEP) "install QEMU, to compare with" -- scripts/setup qemu-system-x86
+	$(STEP) "I/O benchmark" -- $(CARGO) run --release -p bench --bin bench-io
+
 .PHONY: test-external
 test-external: agent ## The end-to-end tests in VMs of HV (qemu, cloud-hypervisor)
 	$(STEP) "build everything" -- $(CARGO) build --workspace --all-targets

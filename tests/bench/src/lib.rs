@@ -6,6 +6,7 @@
 // A benchmark reports its own failures by panicking.
 #![allow(clippy::expect_used, clippy::panic)]
 
+pub mod backend;
 pub mod memory;
 pub mod peer;
 pub mod qemu_restore;

@@ -184,7 +184,10 @@ impl Drop for Killed {
 }
 
 /// CPU time of a process, all threads together.
-fn cpu_time(pid: u32) -> std::io::Result<Duration> {
+///
+/// # Errors
+/// When the process is gone.
+pub fn cpu_time(pid: u32) -> std::io::Result<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     parse_cpu_time(&stat).ok_or_else(|| std::io::ErrorKind::InvalidData.into())
 }

@@ -7,12 +7,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
+use bench::backend::{self, Backend};
 use bench::memory::pss;
 use bench::millis;
-use bench::report::{OURS, Report};
+use bench::report::Report;
 use clap::Parser;
 use harness::ctl::Ctl;
 use harness::daemon::Daemon;
@@ -30,38 +30,6 @@ struct Args {
     mib: u32,
 }
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-
-/// A backend: its name in the table, its program, and its configuration.
-struct Backend {
-    name: &'static str,
-    program: Option<&'static str>,
-    config: &'static str,
-}
-
-const BACKENDS: [Backend; 4] = [
-    Backend {
-        name: OURS,
-        program: None,
-        config: "[templates]\nwarm = 2\n",
-    },
-    Backend {
-        name: "QEMU, TCG",
-        program: Some(QEMU),
-        config: "[sandbox]\nmode = \"external\"\n[hypervisor.qemu]\naccel = \"tcg\"\n",
-    },
-    Backend {
-        name: "QEMU, KVM",
-        program: Some(QEMU),
-        config: "[sandbox]\nmode = \"external\"\n[hypervisor.qemu]\naccel = \"kvm\"\n",
-    },
-    Backend {
-        name: "Cloud Hypervisor",
-        program: Some("/usr/local/bin/cloud-hypervisor"),
-        config: "[sandbox]\nmode = \"external\"\n[hypervisor]\nkind = \"cloud-hypervisor\"\n",
-    },
-];
-
 fn main() {
     let args = Args::parse();
     let host = Host::probe().expect("a usable /dev/kvm");
@@ -72,20 +40,8 @@ fn main() {
     fs::create_dir(&data).expect("make a folder");
     let bytes = usize::try_from(args.mib).expect("a size") << 20;
     fs::write(data.join("file"), vec![7; bytes]).expect("write the data");
-    for backend in &BACKENDS {
-        if let Some(program) = backend.program {
-            if !Path::new(program).exists() {
-                let why = format!("{}: there is no {program}", backend.name);
-                report.skipped.push(why);
-                continue;
-            }
-            let version = Command::new(program).arg("--version").output();
-            let version = version.expect("ask for the version").stdout;
-            let version = String::from_utf8_lossy(&version);
-            let first = version.lines().next().unwrap_or_default().to_owned();
-            report.versions.push((backend.name.to_owned(), first));
-        }
-        measure(backend, &args, &rootfs, &data, &mut report);
+    for backend in backend::here(&mut report) {
+        measure(&backend, &args, &rootfs, &data, &mut report);
     }
     report.print();
     let path = report.write().expect("write the JSON file");
@@ -159,20 +115,8 @@ fn measure(backend: &Backend, args: &Args, rootfs: &Path, data: &Path, report: &
 
 /// Memory of the daemon and all its VMMs and supervisors, without guest pages, in KiB.
 fn memory(daemon: &Daemon) -> f64 {
-    let mut pids = vec![daemon.pid()];
-    for entry in fs::read_dir(daemon.state_dir())
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let text = fs::read(entry.path().join("vmm.json")).unwrap_or_default();
-        let processes: Value = serde_json::from_slice(&text).unwrap_or_default();
-        for name in ["supervisor", "vmm"] {
-            let pid = processes[name]["pid"].as_u64();
-            pids.extend(pid.and_then(|pid| u32::try_from(pid).ok()));
-        }
-    }
     let guest = ["memfd:", "ram0", "memory-backend"];
+    let pids = backend::processes(daemon);
     let own = pids.iter().filter_map(|pid| pss(*pid, &guest).ok());
     own.map(|pss| pss.own_kib as f64).sum()
 }
