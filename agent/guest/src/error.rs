@@ -37,6 +37,20 @@ pub enum GuestError {
     #[error("the kernel build needs {}: install with `apt-get install {}`", tools(.0), packages(.0))]
     MissingTools(Vec<MissingTool>),
 
+    /// The package lists of this host have no kernel.
+    #[error(
+        "apt knows no package {0}: run `apt-get update` on a host of Debian or a relative, or put \
+         a kernel and an initramfs with its modules into vm.kernel and vm.initramfs"
+    )]
+    NoDistroKernel(&'static str),
+
+    /// A kernel's package is not laid out as known.
+    #[error("{}: not what a kernel's package has there", path.display())]
+    UnknownPackage {
+        /// Where something is missing, or cannot be unpacked.
+        path: PathBuf,
+    },
+
     /// A step of the build failed.
     #[error("{step} failed ({status}); the end of {}:\n{tail}", log.display())]
     Build {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::Cache;
+use crate::distro::DistroKernel;
 use crate::error::{GuestError, IoContext as _, Result};
 use crate::initramfs::Initramfs;
 use crate::kernel::{KernelArtifact, KernelFacts};
@@ -18,7 +19,7 @@ const CURRENT: &str = "image.json";
 /// What a guest boots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestImage {
-    /// The kernel, an ELF `vmlinux`.
+    /// The kernel, an ELF `vmlinux`, or the bzImage of a distribution.
     pub kernel: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
@@ -61,16 +62,38 @@ impl GuestImage {
     ) -> Result<Self> {
         let kernel = KernelArtifact::build(cache, recipe, report)?;
         report(Progress::start(Step::Packing));
+        Self::make_current(cache, kernel.vmlinux, kernel.facts, initramfs)
+    }
+
+    /// As [`GuestImage::build`], with the distribution's kernel, whose modules are added to
+    /// the initramfs.
+    pub fn build_with_distro_kernel(
+        cache: &Cache,
+        initramfs: Initramfs,
+        report: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let kernel = DistroKernel::fetch(cache, report)?;
+        report(Progress::start(Step::Packing));
+        let initramfs = kernel.add_to(initramfs);
+        Self::make_current(cache, kernel.vmlinuz, kernel.facts, &initramfs)
+    }
+
+    fn make_current(
+        cache: &Cache,
+        kernel: PathBuf,
+        facts: KernelFacts,
+        initramfs: &Initramfs,
+    ) -> Result<Self> {
         let initramfs = initramfs.build(cache)?;
         let image = Self {
-            kernel: kernel.vmlinux,
+            kernel,
             initramfs: initramfs.path,
-            kernel_digest: kernel.facts.digest.clone(),
+            kernel_digest: facts.digest.clone(),
             initramfs_digest: initramfs.digest,
-            kernel_version: kernel.facts.version.clone(),
-            kernel_size_bytes: kernel.facts.size_bytes,
+            kernel_version: facts.version.clone(),
+            kernel_size_bytes: facts.size_bytes,
             initramfs_size_bytes: initramfs.size_bytes,
-            facts: kernel.facts,
+            facts,
         };
         let text = serde_json::to_vec_pretty(&image).map_err(|source| GuestError::Damaged {
             path: cache.root().join(CURRENT),

@@ -81,15 +81,11 @@ impl KernelArtifact {
 
     /// Reads a kernel's folder in the cache.
     fn open(folder: &Path) -> Result<Self> {
-        let path = folder.join(FACTS);
-        let text = fs::read(&path).context("read", &path)?;
-        let facts =
-            serde_json::from_slice(&text).map_err(|source| GuestError::Damaged { path, source })?;
         Ok(Self {
             vmlinux: folder.join("vmlinux"),
             config: folder.join("config"),
             system_map: folder.join("System.map"),
-            facts,
+            facts: read_facts(folder)?,
         })
     }
 }
@@ -281,13 +277,25 @@ impl Build<'_> {
             options_requested: options.len(),
             size_bytes: fs::metadata(&vmlinux).context("read", &vmlinux)?.len(),
         };
-        let path = self.scratch.out.join(FACTS);
-        let text = serde_json::to_vec_pretty(&facts).map_err(|source| GuestError::Damaged {
-            path: path.clone(),
-            source,
-        })?;
-        fs::write(&path, text).context("write", &path)
+        write_facts(&self.scratch.out, &facts)
     }
+}
+
+/// Reads what a kernel in the cache was made from.
+pub(crate) fn read_facts(folder: &Path) -> Result<KernelFacts> {
+    let path = folder.join(FACTS);
+    let text = fs::read(&path).context("read", &path)?;
+    serde_json::from_slice(&text).map_err(|source| GuestError::Damaged { path, source })
+}
+
+/// Writes what [`read_facts`] reads.
+pub(crate) fn write_facts(folder: &Path, facts: &KernelFacts) -> Result<()> {
+    let path = folder.join(FACTS);
+    let text = serde_json::to_vec_pretty(facts).map_err(|source| GuestError::Damaged {
+        path: path.clone(),
+        source,
+    })?;
+    fs::write(&path, text).context("write", &path)
 }
 
 fn facts_of(input: &Input) -> InputFacts {

@@ -22,6 +22,7 @@
 mod cache;
 mod command;
 mod digest;
+mod distro;
 mod error;
 mod image;
 mod initramfs;
@@ -33,6 +34,7 @@ mod recipe;
 mod source;
 
 pub use cache::Cache;
+pub use distro::DistroKernel;
 pub use error::{GuestError, Result};
 pub use image::{GuestImage, ImageInfo};
 pub use initramfs::{ExtraFile, Initramfs, InitramfsArtifact};

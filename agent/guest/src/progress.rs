@@ -9,7 +9,9 @@ pub enum Step {
     Waiting,
     /// Hashing the kernel source, to know whether it was built before.
     Hashing,
-    /// Unpacking the kernel source.
+    /// Downloading the distribution's kernel.
+    Downloading,
+    /// Unpacking the kernel source, or package.
     Unpacking,
     /// Applying patches.
     Patching,
@@ -28,7 +30,8 @@ impl fmt::Display for Step {
         f.write_str(match self {
             Self::Waiting => "waiting for another build",
             Self::Hashing => "hashing the kernel source",
-            Self::Unpacking => "unpacking the kernel source",
+            Self::Downloading => "getting the distribution's kernel",
+            Self::Unpacking => "unpacking the kernel",
             Self::Patching => "patching",
             Self::Configuring => "configuring",
             Self::Compiling => "compiling the kernel",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::debug_console::DebugConsoleArgs;
 use super::disk::DiskArg;
@@ -346,15 +346,30 @@ pub(super) struct GuestArgs {
     pub(super) command: GuestCommand,
 }
 
+/// Where the guest's kernel comes from.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(super) enum GuestKernel {
+    /// Built from the distribution's source, with our configuration and patches
+    #[default]
+    Built,
+    /// Debian's kernel for virtual machines as packaged, with modules in the initramfs; it does
+    /// not boot where KVM emulates guest kernels, but in QEMU without KVM
+    Distro,
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum GuestCommand {
     /// Builds the guest from the distribution's kernel source, or finds it in the cache
     #[command(after_help = "\
 Examples:
   kuasar-ctl guest build --agent target/release/vmm-task
+  kuasar-ctl guest build --kernel distro
 
 The first build takes about five minutes on two cores; later ones find it in the cache.")]
     Build {
+        /// Which kernel pods boot from now on
+        #[arg(long, value_enum, default_value_t)]
+        kernel: GuestKernel,
         /// The static agent that becomes the guest's /init [default: vmm-task beside this
         /// program]
         #[arg(long, value_name = "FILE")]

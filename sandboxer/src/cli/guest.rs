@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use guest_image::{Cache, GuestError, GuestImage, Initramfs, KernelRecipe, Progress, Step};
 
-use super::args::{GuestArgs, GuestCommand};
+use super::args::{GuestArgs, GuestCommand, GuestKernel};
 use super::error::{CliError, Doing, Result, chain};
 use super::output::{self, DIM, size};
 
@@ -15,7 +15,11 @@ const AGENT: &str = "vmm-task";
 
 pub(super) fn guest(args: &GuestArgs) -> Result<()> {
     match &args.command {
-        GuestCommand::Build { agent, json } => build(agent.clone(), *json),
+        GuestCommand::Build {
+            kernel,
+            agent,
+            json,
+        } => build(*kernel, agent.clone(), *json),
         GuestCommand::Info { json } => {
             let cache = Cache::locate().map_err(|e| explain(&e))?;
             show(
@@ -26,7 +30,7 @@ pub(super) fn guest(args: &GuestArgs) -> Result<()> {
     }
 }
 
-fn build(agent: Option<PathBuf>, json: bool) -> Result<()> {
+fn build(kernel: GuestKernel, agent: Option<PathBuf>, json: bool) -> Result<()> {
     let agent = match agent {
         Some(agent) => agent,
         None => beside_this_program()?,
@@ -38,11 +42,14 @@ fn build(agent: Option<PathBuf>, json: bool) -> Result<()> {
         );
     }
     let cache = Cache::locate().map_err(|e| explain(&e))?;
-    let recipe = KernelRecipe::locate().map_err(|e| explain(&e))?;
+    let initramfs = Initramfs::new(agent);
     let mut shown = Shown::new();
-    let image = GuestImage::build(&cache, &recipe, &Initramfs::new(agent), &mut |p| {
-        shown.show(p);
-    });
+    let report = &mut |p| shown.show(p);
+    let image = match kernel {
+        GuestKernel::Built => KernelRecipe::locate()
+            .and_then(|recipe| GuestImage::build(&cache, &recipe, &initramfs, report)),
+        GuestKernel::Distro => GuestImage::build_with_distro_kernel(&cache, initramfs, report),
+    };
     shown.end();
     show(&image.map_err(|e| explain(&e))?, json)
 }

@@ -3,6 +3,8 @@
 //! Every step costs system calls, and nothing here is worth dying for: what a kernel lacks is
 //! reported and skipped.
 
+mod modules;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -80,6 +82,9 @@ pub fn mount_proc() -> io::Result<()> {
 
 /// Prepares the rest. `guest` tells whether kernel-wide settings are ours to change.
 pub fn prepare(guest: bool) {
+    if guest {
+        modules::load();
+    }
     for (kind, target, flags, data, make) in MOUNTS.into_iter().skip(1) {
         if make && let Err(e) = fs::create_dir(target) {
             debug!("{target}: {e}");
