@@ -18,7 +18,7 @@ DEMO    := target/demo/rootfs
 STEP    := @scripts/step
 TEST    := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/scripts/test-runner $(CARGO) test --workspace
 # What pods do, whatever their VM is.
-QEMU_TESTS := container pods network images disks elastic
+EXTERNAL_TESTS := container pods network images disks elastic
 
 .PHONY: help
 help: ## List the targets
@@ -36,7 +36,7 @@ test: setup agent containerd ## Set up, build, and run all tests
 	$(MAKE) --no-print-directory guest PROFILE=debug
 	$(STEP) "unit and integration tests" -- env TESTS=unit $(TEST)
 	$(STEP) "end-to-end tests" -- env TESTS=e2e $(TEST) --tests
-	$(STEP) "end-to-end tests in QEMU" -- env BACKEND=qemu TESTS='$(QEMU_TESTS)' $(TEST) --tests
+	$(STEP) "end-to-end tests in QEMU" -- env BACKEND=qemu TESTS='$(EXTERNAL_TESTS)' $(TEST) --tests
 	$(STEP) "conformance, all rows in QEMU" -- target/debug/kuasar-e2e run all --backend qemu
 	$(STEP) "conformance, core rows in QEMU behind shims" -- target/debug/kuasar-e2e run core --backend qemu --mode shim
 	$(STEP) "conformance, some rows in-process" -- target/debug/kuasar-e2e run 1,7,12,51
@@ -94,9 +94,10 @@ bench-boot: setup build guest ## Boot phases beside QEMU and other VMMs; writes 
 	$(STEP) "boot benchmark" -- $(CARGO) run --release -p bench --bin bench-boot
 
 .PHONY: bench-hv
-bench-hv: build guest ## The same work on each backend that is here; writes target/bench/hv.json
+bench-hv: build guest ## The same work on each backend that is here, Cloud Hypervisor at BIN; writes target/bench/hv.json
 	$(STEP) "install QEMU" -- scripts/setup qemu-system-x86
-	$(STEP) "hypervisor benchmark" -- $(CARGO) run --release -p bench --bin bench-hv
+	$(STEP) "hypervisor benchmark" -- $(CARGO) run --release -p bench --bin bench-hv -- \
+		$(if $(BIN),--cloud-hypervisor '$(BIN)')
 
 .PHONY: bench-io
 bench-io: build guest ## Disk, share, network and vsock in pods of each backend; writes target/bench/io.json
@@ -104,10 +105,11 @@ bench-io: build guest ## Disk, share, network and vsock in pods of each backend;
 	$(STEP) "I/O benchmark" -- $(CARGO) run --release -p bench --bin bench-io
 
 .PHONY: test-external
-test-external: agent ## The end-to-end tests in VMs of HV (qemu, cloud-hypervisor)
+test-external: agent ## The end-to-end tests in VMs of HV=qemu|cloud-hypervisor, its program BIN=/path
 	$(STEP) "build everything" -- $(CARGO) build --workspace --all-targets
 	$(MAKE) --no-print-directory guest PROFILE=debug
-	$(STEP) "end-to-end tests" -- env BACKEND=$(or $(HV),qemu) TESTS='$(QEMU_TESTS)' $(TEST) --tests
+	$(STEP) "end-to-end tests" -- env BACKEND=$(or $(HV),qemu) $(if $(BIN),KUASAR_HYPERVISOR_PATH='$(BIN)') \
+		TESTS='$(EXTERNAL_TESTS) external' $(TEST) --tests
 
 .PHONY: install
 install: setup build shim guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual

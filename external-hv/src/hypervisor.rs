@@ -114,6 +114,9 @@ pub struct Nic {
     pub queues: Vec<OwnedFd>,
 }
 
+/// Memory is plugged in whole sections of the guest's kernel.
+pub(crate) const MEMORY_STEP_BYTES: u64 = 128 << 20;
+
 /// A card's address until the agent sets the pod's.
 pub(crate) fn card_address(slot: usize) -> String {
     format!("02:6b:75:61:00:{:02x}", slot & 0xff)

@@ -23,6 +23,7 @@ pub mod qemu;
 mod qmp;
 mod rights;
 pub mod supervisor;
+mod told;
 pub mod vsock;
 
 pub use hypervisor::{HvError, MachineSpec};

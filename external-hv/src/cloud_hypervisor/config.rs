@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use super::{ChConfig, PAYLOAD_SINCE};
-use crate::hypervisor::{Layout, MachineSpec};
+use crate::hypervisor::{Layout, MEMORY_STEP_BYTES, MachineSpec};
 
 /// What our file system device has in each queue.
 const FS_QUEUE_SIZE: u16 = 128;
@@ -22,6 +22,7 @@ pub(super) fn vm(
     });
     let hotplug = spec.most.memory_bytes.saturating_sub(spec.memory_bytes);
     if hotplug > 0 {
+        let hotplug = hotplug.next_multiple_of(MEMORY_STEP_BYTES);
         set(&mut memory, "hotplug_size", hotplug.into());
     }
     let mut vm = json!({

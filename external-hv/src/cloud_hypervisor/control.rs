@@ -1,4 +1,4 @@
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -7,48 +7,47 @@ use tokio::task::AbortHandle;
 use vmm_core::vm::{Disk, VmError, VmSize};
 
 use super::api::Api;
-use super::events::Events;
-use super::{NAME, events_file};
+use super::events::{Events, News};
+use super::{DISK_FORMAT_SINCE, NAME, events_pipe};
 use crate::hypervisor::{
-    Control, GuestEnd, HvError, Layout, MachineSpec, Nic, Started, card_address,
+    Control, GuestEnd, HvError, Layout, MEMORY_STEP_BYTES, MachineSpec, Nic, Started, card_address,
 };
+use crate::told::Told;
 
 /// A running Cloud Hypervisor.
 #[derive(Debug)]
 pub(super) struct ChControl {
     api: Api,
+    release: u32,
     pid: u32,
-    end: Arc<Mutex<Option<GuestEnd>>>,
+    told: Arc<Told>,
     events: AbortHandle,
+    /// One change of size at a time.
+    resizing: tokio::sync::Mutex<()>,
 }
 
 impl ChControl {
     pub(super) async fn connect(
         spec: &MachineSpec,
+        release: u32,
         vm: Value,
         started: Started,
     ) -> Result<Self, VmError> {
         let layout = Layout::new(&spec.dir);
         let api = Api::new(&layout.api(), spec.api_limit);
-        let io = |source| VmError::Io {
+        let events = Events::open(&events_pipe(&layout)).map_err(|source| VmError::Io {
             what: "cannot watch the events of Cloud Hypervisor".to_owned(),
             source,
-        };
-        let mut events = Events::open(&events_file(&layout)).map_err(io)?;
-        let end = Arc::new(Mutex::new(None));
-        let (told, ender) = (Arc::clone(&end), api.clone());
-        let watching = tokio::spawn(async move {
-            if let Ok(reason) = events.guest_end().await {
-                *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-                // It would boot the guest again; a VMM that has ended does not answer.
-                let _ = ender.act("vmm.shutdown").await;
-            }
-        });
+        })?;
+        let told = Arc::new(Told::default());
+        let watching = tokio::spawn(watch(events, Arc::clone(&told), api.clone()));
         let control = Self {
             api,
+            release,
             pid: started.pid,
-            end,
+            told,
             events: watching.abort_handle(),
+            resizing: tokio::sync::Mutex::default(),
         };
         control.api.get("vmm.ping").await?;
         if started.running {
@@ -73,11 +72,29 @@ impl ChControl {
         Ok(())
     }
 
-    async fn remove(&self, device: String) -> Result<(), VmError> {
-        self.api
-            .put("vm.remove-device", json!({ "id": device }))
-            .await?;
-        Ok(())
+    async fn remove(&self, device: String, limit: Duration) -> Result<(), VmError> {
+        let id = json!({ "id": device });
+        let request = async { self.api.put("vm.remove-device", id).await.map(drop) };
+        self.told.removal(&device, limit, request).await
+    }
+}
+
+/// Hands on what the VMM tells, until it ends.
+async fn watch(mut events: Events, told: Arc<Told>, api: Api) {
+    loop {
+        match events.next().await {
+            Ok(Some(News::Removed(device))) => told.removed(device),
+            Ok(Some(News::End(end))) => {
+                told.ended(end);
+                // It would boot the guest again; a VMM that has ended does not answer.
+                let _ = api.act("vmm.shutdown").await;
+            }
+            Ok(None) => return,
+            Err(err) => {
+                tracing::warn!(%err, "Cloud Hypervisor's events are lost");
+                return;
+            }
+        }
     }
 }
 
@@ -101,7 +118,7 @@ impl Control for ChControl {
     }
 
     fn guest_end(&self) -> Option<GuestEnd> {
-        *self.end.lock().unwrap_or_else(PoisonError::into_inner)
+        self.told.guest_end()
     }
 
     async fn pause(&self) -> Result<(), VmError> {
@@ -119,25 +136,43 @@ impl Control for ChControl {
         Ok(())
     }
 
-    async fn detach_nic(&self, slot: usize, _: Duration) -> Result<(), VmError> {
-        self.remove(format!("nic{slot}")).await
+    async fn detach_nic(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        self.remove(format!("nic{slot}"), deadline).await
     }
 
     async fn attach_disk(&self, slot: usize, disk: Disk) -> Result<(), VmError> {
+        if self.release < DISK_FORMAT_SINCE {
+            return Err(VmError::from(HvError::Refused {
+                vmm: NAME,
+                request: format!("{} as a disk", disk.path.display()),
+                why: format!(
+                    "release {} takes a disk for what its guest writes to it; use release \
+                     {DISK_FORMAT_SINCE} or later",
+                    self.release
+                ),
+            }));
+        }
         let disk = json!({
-            "id": format!("disk{slot}"), "path": disk.path, "readonly": disk.read_only,
-            "direct": disk.direct, "serial": disk.serial,
+            "id": format!("disk{slot}"), "path": disk.path, "image_type": "Raw",
+            "readonly": disk.read_only, "direct": disk.direct, "serial": disk.serial,
         });
         self.api.put("vm.add-disk", disk).await?;
         Ok(())
     }
 
-    async fn detach_disk(&self, slot: usize, _: Duration) -> Result<(), VmError> {
-        self.remove(format!("disk{slot}")).await
+    async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {
+        self.remove(format!("disk{slot}"), deadline).await
     }
 
     async fn resize(&self, size: VmSize) -> Result<(), VmError> {
-        let size = json!({ "desired_vcpus": size.vcpus, "desired_ram": size.memory_bytes });
+        let _resizing = self.resizing.lock().await;
+        let now = self.size().await?;
+        let missing = size.memory_bytes.saturating_sub(now.memory_bytes);
+        let more = missing.next_multiple_of(MEMORY_STEP_BYTES);
+        let size = json!({
+            "desired_vcpus": size.vcpus.max(now.vcpus),
+            "desired_ram": now.memory_bytes.saturating_add(more),
+        });
         self.api.put("vm.resize", size).await?;
         Ok(())
     }
@@ -146,7 +181,7 @@ impl Control for ChControl {
         let info = self.api.get("vm.info").await?;
         let number = |path| info.pointer(path).and_then(Value::as_u64);
         let vcpus = number("/config/cpus/boot_vcpus").and_then(|n| u32::try_from(n).ok());
-        let memory = number("/memory_actual_size").or_else(|| number("/config/memory/size"));
+        let memory = number("/config/memory/size");
         let size = vcpus.zip(memory).map(|(vcpus, memory_bytes)| VmSize {
             vcpus,
             memory_bytes,

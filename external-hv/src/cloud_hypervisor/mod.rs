@@ -11,6 +11,8 @@ mod api;
 mod config;
 mod control;
 mod events;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -33,6 +35,12 @@ pub const NAME: &str = "cloud-hypervisor";
 
 /// The first release whose VMs have a `payload`, and no `kernel`, `initramfs` and `cmdline`.
 const PAYLOAD_SINCE: u32 = 28;
+/// The first that can be told a disk's format. Those before look for it in the disk, where a
+/// guest can write what they find.
+const DISK_FORMAT_SINCE: u32 = 51;
+
+const API_FD: i32 = FIRST_FREE_FD;
+const EVENTS_FD: i32 = FIRST_FREE_FD + 1;
 
 /// How Cloud Hypervisor is started: `[hypervisor.cloud-hypervisor]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,12 +115,12 @@ impl CloudHypervisor {
         })
     }
 
-    fn args(&self, layout: &Layout) -> Vec<String> {
+    fn args(&self) -> Vec<String> {
         let mut args = vec![
             "--api-socket".to_owned(),
-            format!("fd={FIRST_FREE_FD}"),
+            format!("fd={API_FD}"),
             "--event-monitor".to_owned(),
-            format!("path={}", events_file(layout).display()),
+            format!("fd={EVENTS_FD}"),
             "--seccomp".to_owned(),
             self.config.seccomp.to_string(),
         ];
@@ -123,8 +131,8 @@ impl CloudHypervisor {
     }
 }
 
-fn events_file(layout: &Layout) -> PathBuf {
-    layout.dir().join("vmm-events.json")
+fn events_pipe(layout: &Layout) -> PathBuf {
+    layout.dir().join("vmm-events")
 }
 
 /// The number in "cloud-hypervisor v48.0.0", or of a build in between ("v48.0-12-gabc").
@@ -149,13 +157,17 @@ impl Hypervisor for CloudHypervisor {
 
     fn launch(&self, spec: &MachineSpec, nics: Vec<Nic>) -> Result<Launch, VmError> {
         let layout = Layout::new(&spec.dir);
+        let events = events::make(&events_pipe(&layout)).map_err(|source| VmError::Io {
+            what: "cannot make the pipe of Cloud Hypervisor's events".to_owned(),
+            source,
+        })?;
         Ok(Launch {
             program: self.config.path.clone(),
-            args: self.args(&layout),
-            fds: Vec::new(),
+            args: self.args(),
+            fds: vec![(events, EVENTS_FD)],
             listens: vec![Listen {
                 path: layout.api(),
-                fd: FIRST_FREE_FD,
+                fd: API_FD,
             }],
             nics,
             our_vsock: false,
@@ -168,21 +180,7 @@ impl Hypervisor for CloudHypervisor {
         started: Started,
     ) -> Result<Box<dyn Control>, VmError> {
         let vm = config::vm(&self.config, self.release, &self.parameters, spec);
-        let control = ChControl::connect(spec, vm, started).await?;
+        let control = ChControl::connect(spec, self.release, vm, started).await?;
         Ok(Box::new(control))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn releases_are_told_apart() {
-        assert_eq!(release("cloud-hypervisor v48.0.0\n"), Some(48));
-        assert_eq!(release("cloud-hypervisor v51.1-3-gdeadbee"), Some(51));
-        assert_eq!(release("cloud-hypervisor 0.15.0"), Some(0));
-        assert_eq!(release("QEMU emulator version 7.2"), None);
-        assert_eq!(release(""), None);
     }
 }

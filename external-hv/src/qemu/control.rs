@@ -5,23 +5,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
-use tokio::sync::watch;
-use tokio::time::timeout;
 use vmm_core::vm::{Disk, VmError, VmSize};
 
 use super::{NAME, QemuConfig};
-use crate::hypervisor::{Control, GuestEnd, HvError, Layout, MachineSpec, Nic, card_address};
+use crate::hypervisor::{
+    Control, GuestEnd, HvError, Layout, MEMORY_STEP_BYTES, MachineSpec, Nic, card_address,
+};
 use crate::qmp::Qmp;
-
-/// Memory is plugged in whole sections of the guest's kernel.
-const MEMORY_STEP_BYTES: u64 = 128 << 20;
+use crate::told::Told;
 
 /// A running QEMU.
 #[derive(Debug)]
 pub(super) struct QemuControl {
     qmp: Qmp,
     config: Arc<QemuConfig>,
-    events: Arc<Events>,
+    told: Arc<Told>,
     threads: Mutex<Vec<i32>>,
     /// Root ports in use, by device.
     ports: Mutex<BTreeMap<u32, String>>,
@@ -32,34 +30,20 @@ pub(super) struct QemuControl {
     plugging: tokio::sync::Mutex<()>,
 }
 
-/// What QEMU has told by itself.
-#[derive(Debug, Default)]
-struct Events {
-    guest_end: Mutex<Option<GuestEnd>>,
-    /// Ids of devices that the guest has let go of.
-    deleted: watch::Sender<Vec<String>>,
-}
-
-impl Events {
-    fn take(&self, name: &str, data: &Value) {
-        let text = |key| data.get(key).and_then(Value::as_str);
-        match name {
-            "SHUTDOWN" => {
-                let end = match text("reason") {
-                    Some("guest-panic") => GuestEnd::Panicked,
-                    Some("guest-reset" | "guest-shutdown" | "subsystem-reset") => GuestEnd::Reset,
-                    _ => return,
-                };
-                lock(&self.guest_end).get_or_insert(end);
-            }
-            "GUEST_PANICKED" => *lock(&self.guest_end) = Some(GuestEnd::Panicked),
-            "DEVICE_DELETED" => {
-                if let Some(device) = text("device") {
-                    self.deleted.send_modify(|ids| ids.push(device.to_owned()));
-                }
-            }
-            _ => {}
+/// Takes an event of QEMU's.
+fn take(told: &Told, name: &str, data: &Value) {
+    let text = |key| data.get(key).and_then(Value::as_str);
+    match (name, text("reason")) {
+        ("SHUTDOWN", Some("guest-panic")) | ("GUEST_PANICKED", _) => told.ended(GuestEnd::Panicked),
+        ("SHUTDOWN", Some("guest-reset" | "guest-shutdown" | "subsystem-reset")) => {
+            told.ended(GuestEnd::Reset);
         }
+        ("DEVICE_DELETED", _) => {
+            if let Some(device) = text("device") {
+                told.removed(device.to_owned());
+            }
+        }
+        _ => {}
     }
 }
 
@@ -68,17 +52,17 @@ impl QemuControl {
         config: Arc<QemuConfig>,
         spec: &MachineSpec,
     ) -> Result<Self, HvError> {
-        let events = Arc::new(Events::default());
-        let sink = Arc::clone(&events);
+        let told = Arc::new(Told::default());
+        let sink = Arc::clone(&told);
         let api = Layout::new(&spec.dir).api();
         let qmp = Qmp::connect(NAME, &api, spec.api_limit, move |(name, data)| {
             tracing::debug!(event = name, %data, "QEMU");
-            sink.take(name, data);
+            take(&sink, name, data);
         })
         .await?;
         let control = Self {
             qmp,
-            events,
+            told,
             threads: Mutex::default(),
             ports: Mutex::default(),
             root_ports: super::root_ports(config.machine, spec),
@@ -158,21 +142,9 @@ impl QemuControl {
 
     /// Asks the guest to let go of a device, and waits until it has.
     async fn remove_device(&self, device: &str, limit: Duration) -> Result<(), VmError> {
-        let mut deleted = self.events.deleted.subscribe();
-        self.qmp
-            .execute("device_del", json!({ "id": device }))
-            .await?;
-        let gone = deleted.wait_for(|ids| ids.iter().any(|id| id == device));
-        let gone = timeout(limit, gone).await.is_ok();
-        if !gone {
-            return Err(VmError::Deadline {
-                what: "the guest to let go of a device",
-                limit,
-            });
-        }
-        self.events
-            .deleted
-            .send_modify(|ids| ids.retain(|id| id != device));
+        let id = json!({ "id": device });
+        let request = async { self.qmp.execute("device_del", id).await.map(drop) };
+        self.told.removal(device, limit, request).await?;
         self.free_bus(device);
         Ok(())
     }
@@ -254,7 +226,7 @@ impl Control for QemuControl {
     }
 
     fn guest_end(&self) -> Option<GuestEnd> {
-        *lock(&self.events.guest_end)
+        self.told.guest_end()
     }
 
     async fn pause(&self) -> Result<(), VmError> {

@@ -45,7 +45,7 @@ pub(super) async fn run(global: &Global, args: RunArgs) -> Result<u8> {
         Daemon::reach(
             &wanted,
             args.config.as_deref(),
-            args.overrides,
+            args.overrides.clone(),
             args.detach,
             &steps,
         ),

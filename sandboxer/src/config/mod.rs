@@ -85,7 +85,7 @@ pub enum Mode {
 }
 
 /// What the command line has instead of the file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
 pub struct Overrides {
     /// Who runs the VMs [default: as configured, else in-process]
     #[arg(long, value_name = "MODE", env = "KUASAR_MODE")]
@@ -93,13 +93,24 @@ pub struct Overrides {
     /// The hypervisor of `--mode external` [default: as configured, else qemu]
     #[arg(long, value_name = "NAME", env = "KUASAR_HYPERVISOR")]
     pub hypervisor: Option<HypervisorKind>,
+    /// Its program [default: as configured, else where packages install it]
+    #[arg(long, value_name = "FILE", env = "KUASAR_HYPERVISOR_PATH")]
+    pub hypervisor_path: Option<PathBuf>,
 }
 
 impl Overrides {
     /// Changes what was read from the file.
     pub fn apply(self, config: &mut Config) {
         config.sandbox.mode = self.mode.unwrap_or(config.sandbox.mode);
-        config.hypervisor.kind = self.hypervisor.unwrap_or(config.hypervisor.kind);
+        let hypervisor = &mut config.hypervisor;
+        hypervisor.kind = self.hypervisor.unwrap_or(hypervisor.kind);
+        let path = match hypervisor.kind {
+            HypervisorKind::Qemu => &mut hypervisor.qemu.path,
+            HypervisorKind::CloudHypervisor => &mut hypervisor.cloud_hypervisor.path,
+        };
+        if let Some(wanted) = self.hypervisor_path {
+            *path = wanted;
+        }
     }
 }
 

@@ -1,65 +1,89 @@
 //! The backends that pods are measured on.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use clap::Args;
 use harness::daemon::Daemon;
 use serde_json::Value;
 
 use crate::peer::first_line;
 use crate::report::{OURS, Report};
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-
 /// A backend: its name in the table, its program, and its configuration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Backend {
     /// Name in the table.
     pub name: &'static str,
-    program: Option<&'static str>,
+    program: Option<PathBuf>,
     /// The daemon's configuration.
-    pub config: &'static str,
+    pub config: String,
 }
 
-const BACKENDS: [Backend; 4] = [
-    Backend {
-        name: OURS,
-        program: None,
-        config: "[templates]\nwarm = 2\n",
-    },
-    Backend {
-        name: "QEMU, TCG",
-        program: Some(QEMU),
-        config: "[sandbox]\nmode = \"external\"\n[hypervisor.qemu]\naccel = \"tcg\"\n",
-    },
-    Backend {
-        name: "QEMU, KVM",
-        program: Some(QEMU),
-        config: "[sandbox]\nmode = \"external\"\n[hypervisor.qemu]\naccel = \"kvm\"\n",
-    },
-    Backend {
-        name: "Cloud Hypervisor",
-        program: Some("/usr/local/bin/cloud-hypervisor"),
-        config: "[sandbox]\nmode = \"external\"\n[hypervisor]\nkind = \"cloud-hypervisor\"\n",
-    },
-];
+/// Where the external hypervisors are.
+#[derive(Clone, Debug, Args)]
+pub struct Programs {
+    /// QEMU's program
+    #[arg(
+        long,
+        default_value = "/usr/bin/qemu-system-x86_64",
+        value_name = "FILE"
+    )]
+    qemu: PathBuf,
+    /// Cloud Hypervisor's program
+    #[arg(
+        long,
+        default_value = "/usr/local/bin/cloud-hypervisor",
+        value_name = "FILE"
+    )]
+    cloud_hypervisor: PathBuf,
+}
 
-/// The backends that this host has, whose versions go into the report, as does what is missing.
-pub fn here(report: &mut Report) -> Vec<Backend> {
-    let mut found = Vec::new();
-    for backend in BACKENDS {
-        if let Some(program) = backend.program.map(Path::new) {
-            if !program.exists() {
-                let why = format!("{}: there is no {}", backend.name, program.display());
-                report.skipped.push(why);
-                continue;
+impl Programs {
+    /// The backends that this host has, whose versions go into the report, as does what is
+    /// missing.
+    pub fn here(&self, report: &mut Report) -> Vec<Backend> {
+        let mut found = Vec::new();
+        for backend in self.all() {
+            if let Some(program) = &backend.program {
+                if !program.exists() {
+                    let why = format!("{}: there is no {}", backend.name, program.display());
+                    report.skipped.push(why);
+                    continue;
+                }
+                let version = first_line(program);
+                report.versions.push((backend.name.to_owned(), version));
             }
-            let version = first_line(program);
-            report.versions.push((backend.name.to_owned(), version));
+            found.push(backend);
         }
-        found.push(backend);
+        found
     }
-    found
+
+    fn all(&self) -> [Backend; 4] {
+        let external = |name, program: &Path, kind: &str, rest: &str| Backend {
+            name,
+            program: Some(program.to_owned()),
+            config: format!(
+                "[sandbox]\nmode = \"external\"\n[hypervisor]\nkind = \"{kind}\"\n\
+                 [hypervisor.{kind}]\npath = {program:?}\n{rest}"
+            ),
+        };
+        [
+            Backend {
+                name: OURS,
+                program: None,
+                config: "[templates]\nwarm = 2\n".to_owned(),
+            },
+            external("QEMU, TCG", &self.qemu, "qemu", "accel = \"tcg\"\n"),
+            external("QEMU, KVM", &self.qemu, "qemu", "accel = \"kvm\"\n"),
+            external(
+                "Cloud Hypervisor",
+                &self.cloud_hypervisor,
+                "cloud-hypervisor",
+                "",
+            ),
+        ]
+    }
 }
 
 /// The daemon, and the VMMs and supervisors of its pods.

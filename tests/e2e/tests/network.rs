@@ -168,7 +168,8 @@ fn a_pod_ends_cleanly_after_its_network() {
     let still = exec(
         &world,
         "web",
-        "echo lives; cat /sys/class/net/eth0/operstate",
+        // A card of an external VM is gone; one of ours is there, and down.
+        "echo lives; cat /sys/class/net/eth0/operstate 2>/dev/null; true",
     );
     assert!(still.starts_with("lives\n"), "{still}");
     world.ctl.run(["rm", "--force", "web"]).expect_code(0);

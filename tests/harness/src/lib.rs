@@ -84,9 +84,14 @@ pub fn not_in_process() -> Option<String> {
 /// Why pods cannot run here, or `None` when they can.
 #[must_use]
 pub fn kvm_missing() -> Option<String> {
-    if external_backend().is_some() {
-        let qemu = Path::new("/usr/bin/qemu-system-x86_64");
-        return (!qemu.exists()).then(|| "QEMU is not installed".to_owned());
+    if let Some(backend) = external_backend() {
+        let usual = match backend.as_str() {
+            "qemu" => "/usr/bin/qemu-system-x86_64",
+            _ => "/usr/local/bin/cloud-hypervisor",
+        };
+        let program = std::env::var_os("KUASAR_HYPERVISOR_PATH").unwrap_or_else(|| usual.into());
+        let missing = !Path::new(&program).exists();
+        return missing.then(|| format!("{backend}: there is no {}", program.display()));
     }
     match std::fs::OpenOptions::new()
         .read(true)

@@ -26,9 +26,6 @@ const QUIET: Duration = Duration::from_millis(20);
 /// They are looked at after so many in any case.
 const MOST: usize = 256;
 
-/// How long the guest may use a card that is being unplugged.
-const UNPLUG: Duration = Duration::from_secs(5);
-
 /// What a change of which a pod may have to hear.
 const GROUPS: [MulticastGroup; 6] = [
     MulticastGroup::Link,
@@ -128,9 +125,11 @@ async fn apply(
     }
     pod.note_network(network);
     let machine = pod.machine()?;
+    // The guest may use a card that is being unplugged for so long.
+    let unplug = pod.environment.timeouts.agent_call;
     for change in changes {
         let done = match change {
-            Change::Unplug(slot) => machine.vm.detach_nic(slot, UNPLUG).await,
+            Change::Unplug(slot) => machine.vm.detach_nic(slot, unplug).await,
             Change::Plug(slot, tap) => machine.vm.attach_nic(slot, tap).await,
         };
         done.map_err(|e| pod.vm_error(e))?;

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use bench::backend::{self, Backend};
+use bench::backend::{self, Backend, Programs};
 use bench::memory::pss;
 use bench::millis;
 use bench::report::Report;
@@ -28,6 +28,8 @@ struct Args {
     /// Size of what is read and sent, in MiB
     #[arg(long, default_value_t = 8)]
     mib: u32,
+    #[command(flatten)]
+    programs: Programs,
 }
 
 fn main() {
@@ -40,7 +42,7 @@ fn main() {
     fs::create_dir(&data).expect("make a folder");
     let bytes = usize::try_from(args.mib).expect("a size") << 20;
     fs::write(data.join("file"), vec![7; bytes]).expect("write the data");
-    for backend in backend::here(&mut report) {
+    for backend in args.programs.here(&mut report) {
         measure(&backend, &args, &rootfs, &data, &mut report);
     }
     report.print();
@@ -49,7 +51,7 @@ fn main() {
 }
 
 fn measure(backend: &Backend, args: &Args, rootfs: &Path, data: &Path, report: &mut Report) {
-    let daemon = Daemon::start(backend.config);
+    let daemon = Daemon::start(&backend.config);
     let ctl = Ctl::new(&daemon);
     let volume = format!("{}:/data", data.display());
     let rootfs = rootfs.to_str().expect("a path of UTF-8");

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 
-use bench::backend::{self, Backend};
+use bench::backend::{self, Backend, Programs};
 use bench::peer::cpu_time;
 use bench::report::Report;
 use clap::Parser;
@@ -32,6 +32,8 @@ struct Args {
     /// Backends to leave out, as the table names them
     #[arg(long)]
     without: Vec<String>,
+    #[command(flatten)]
+    programs: Programs,
 }
 
 const POD: &str = "io";
@@ -86,7 +88,7 @@ fn main() {
         .args([&rootfs.join("bin/io"), &source])
         .status();
     assert!(built.expect("run cc").success(), "cc failed");
-    for backend in backend::here(&mut report) {
+    for backend in args.programs.here(&mut report) {
         if !args.without.iter().any(|name| name == backend.name) {
             measure(&backend, &args, &work, &rootfs, &mut report);
         }
@@ -119,7 +121,7 @@ fn measure(
     report: &mut Report,
 ) {
     println!("{}", backend.name);
-    let daemon = Daemon::start(backend.config);
+    let daemon = Daemon::start(&backend.config);
     let ctl = Ctl::new(&daemon);
     let scratch = tempfile::tempdir().expect("temporary folder");
     for name in ["disk", "file"] {
