@@ -283,6 +283,18 @@ impl From<HvError> for VmError {
     }
 }
 
+/// Says so when a disk is refused because another VMM holds its lock: what VMMs say of that
+/// names the file late or not at all.
+pub(crate) fn in_use(disk: &Disk, error: VmError) -> VmError {
+    match error {
+        VmError::Backend(refusal) if refusal.to_string().contains(" lock") => VmError::Io {
+            what: format!("{} is in use by another VM", disk.path.display()),
+            source: std::io::Error::other(refusal),
+        },
+        error => error,
+    }
+}
+
 /// Checks that a configured program can be run, so that the error names the key.
 ///
 /// # Errors

@@ -11,6 +11,7 @@ use super::events::{Events, News};
 use super::{DISK_FORMAT_SINCE, NAME, events_pipe};
 use crate::hypervisor::{
     Control, GuestEnd, HvError, Layout, MEMORY_STEP_BYTES, MachineSpec, Nic, Started, card_address,
+    in_use,
 };
 use crate::told::Told;
 
@@ -152,12 +153,12 @@ impl Control for ChControl {
                 ),
             }));
         }
-        let disk = json!({
+        let drive = json!({
             "id": format!("disk{slot}"), "path": disk.path, "image_type": "Raw",
             "readonly": disk.read_only, "direct": disk.direct, "serial": disk.serial,
         });
-        self.api.put("vm.add-disk", disk).await?;
-        Ok(())
+        let added = self.api.put("vm.add-disk", drive).await;
+        added.map(drop).map_err(|error| in_use(&disk, error.into()))
     }
 
     async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {

@@ -9,7 +9,7 @@ use vmm_core::vm::{Disk, VmError, VmSize};
 
 use super::{NAME, QemuConfig};
 use crate::hypervisor::{
-    Control, GuestEnd, HvError, Layout, MEMORY_STEP_BYTES, MachineSpec, Nic, card_address,
+    Control, GuestEnd, HvError, Layout, MEMORY_STEP_BYTES, MachineSpec, Nic, card_address, in_use,
 };
 use crate::qmp::Qmp;
 use crate::told::Told;
@@ -319,14 +319,7 @@ impl Control for QemuControl {
             let gone = json!({ "node-name": node });
             let _ = self.qmp.execute("blockdev-del", gone).await;
         }
-        added.map_err(|error| match error {
-            // Locked by another VMM; QEMU names neither the file nor the reason.
-            VmError::Backend(refusal) if refusal.to_string().contains(" lock") => VmError::Io {
-                what: format!("{} is in use by another VM", disk.path.display()),
-                source: std::io::Error::other(refusal),
-            },
-            error => error,
-        })
+        added.map_err(|error| in_use(&disk, error))
     }
 
     async fn detach_disk(&self, slot: usize, deadline: Duration) -> Result<(), VmError> {

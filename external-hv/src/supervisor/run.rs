@@ -287,9 +287,11 @@ fn spawn(job: &Job) -> io::Result<Child> {
         .stderr(Stdio::piped())
         .fd_mappings(mappings)
         .map_err(io::Error::other)?;
-    // SAFETY: prctl is a plain system call that touches no memory of ours.
+    // SAFETY: prctl and pthread_sigmask are plain system calls that touch no memory of ours.
     unsafe {
         command.pre_exec(|| {
+            // The signals that we block are the VMM's again.
+            SigSet::empty().thread_set_mask()?;
             // Our main thread, whose child it is, lives as long as our process.
             match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
                 0 => Ok(()),
