@@ -37,6 +37,8 @@ test: setup agent containerd ## Set up, build, and run all tests
 	$(STEP) "unit and integration tests" -- env TESTS=unit $(TEST)
 	$(STEP) "end-to-end tests" -- env TESTS=e2e $(TEST) --tests
 	$(STEP) "end-to-end tests in QEMU" -- env BACKEND=qemu TESTS='$(EXTERNAL_TESTS)' $(TEST) --tests
+	$(STEP) "end-to-end tests in QEMU, Debian's kernel" -- scripts/with-distro-guest target/debug/kuasar-ctl $(AGENT) \
+		env BACKEND=qemu TESTS=container $(TEST) --tests
 	$(STEP) "conformance, all rows in QEMU" -- target/debug/kuasar-e2e run all --backend qemu
 	$(STEP) "conformance, core rows in QEMU behind shims" -- target/debug/kuasar-e2e run core --backend qemu --mode shim
 	$(STEP) "conformance, some rows in-process" -- target/debug/kuasar-e2e run 1,7,12,51

@@ -13,7 +13,7 @@ use crate::kernel::{KernelArtifact, KernelFacts};
 use crate::progress::{Progress, Step};
 use crate::recipe::KernelRecipe;
 
-/// Names the image that was built last.
+/// Names the image that pods boot.
 const CURRENT: &str = "image.json";
 
 /// What a guest boots.
@@ -52,8 +52,7 @@ pub struct ImageInfo {
 }
 
 impl GuestImage {
-    /// Builds kernel and initramfs, or finds them in the cache, and makes them
-    /// the image that [`GuestImage::current`] returns.
+    /// Builds kernel and initramfs, or finds them in the cache.
     pub fn build(
         cache: &Cache,
         recipe: &KernelRecipe,
@@ -62,7 +61,7 @@ impl GuestImage {
     ) -> Result<Self> {
         let kernel = KernelArtifact::build(cache, recipe, report)?;
         report(Progress::start(Step::Packing));
-        Self::make_current(cache, kernel.vmlinux, kernel.facts, initramfs)
+        Self::of(cache, kernel.vmlinux, kernel.facts, initramfs)
     }
 
     /// As [`GuestImage::build`], with the distribution's kernel, whose modules are added to
@@ -75,17 +74,17 @@ impl GuestImage {
         let kernel = DistroKernel::fetch(cache, report)?;
         report(Progress::start(Step::Packing));
         let initramfs = kernel.add_to(initramfs);
-        Self::make_current(cache, kernel.vmlinuz, kernel.facts, &initramfs)
+        Self::of(cache, kernel.vmlinuz, kernel.facts, &initramfs)
     }
 
-    fn make_current(
+    fn of(
         cache: &Cache,
         kernel: PathBuf,
         facts: KernelFacts,
         initramfs: &Initramfs,
     ) -> Result<Self> {
         let initramfs = initramfs.build(cache)?;
-        let image = Self {
+        Ok(Self {
             kernel,
             initramfs: initramfs.path,
             kernel_digest: facts.digest.clone(),
@@ -94,16 +93,20 @@ impl GuestImage {
             kernel_size_bytes: facts.size_bytes,
             initramfs_size_bytes: initramfs.size_bytes,
             facts,
-        };
-        let text = serde_json::to_vec_pretty(&image).map_err(|source| GuestError::Damaged {
+        })
+    }
+
+    /// Makes it what [`GuestImage::current`] returns.
+    pub fn make_current(&self, cache: &Cache) -> Result<()> {
+        let text = serde_json::to_vec_pretty(self).map_err(|source| GuestError::Damaged {
             path: cache.root().join(CURRENT),
             source,
         })?;
         cache.write(CURRENT, &text)?;
-        Ok(image)
+        Ok(())
     }
 
-    /// The image that was built last. Needs neither the kernel source nor a
+    /// The image that was made current last. Needs neither the kernel source nor a
     /// compiler, only the cache.
     pub fn current(cache: &Cache) -> Result<Self> {
         let path = cache.root().join(CURRENT);

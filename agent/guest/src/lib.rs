@@ -14,6 +14,7 @@
 //! let recipe = KernelRecipe::locate()?;
 //! let initramfs = Initramfs::new("target/release/vmm-task");
 //! let image = GuestImage::build(&cache, &recipe, &initramfs, &mut |p| eprintln!("{p}"))?;
+//! image.make_current(&cache)?;
 //! println!("{}", image.kernel.display());
 //! # Ok(())
 //! # }

@@ -370,6 +370,9 @@ The first build takes about five minutes on two cores; later ones find it in the
         /// Which kernel pods boot from now on
         #[arg(long, value_enum, default_value_t)]
         kernel: GuestKernel,
+        /// Leave what pods boot as it is; `KUASAR_KERNEL` and `KUASAR_INITRAMFS` can name the result
+        #[arg(long)]
+        keep_current: bool,
         /// The static agent that becomes the guest's /init [default: vmm-task beside this
         /// program]
         #[arg(long, value_name = "FILE")]

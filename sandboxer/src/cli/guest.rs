@@ -17,9 +17,10 @@ pub(super) fn guest(args: &GuestArgs) -> Result<()> {
     match &args.command {
         GuestCommand::Build {
             kernel,
+            keep_current,
             agent,
             json,
-        } => build(*kernel, agent.clone(), *json),
+        } => build(*kernel, *keep_current, agent.clone(), *json),
         GuestCommand::Info { json } => {
             let cache = Cache::locate().map_err(|e| explain(&e))?;
             show(
@@ -30,7 +31,12 @@ pub(super) fn guest(args: &GuestArgs) -> Result<()> {
     }
 }
 
-fn build(kernel: GuestKernel, agent: Option<PathBuf>, json: bool) -> Result<()> {
+fn build(
+    kernel: GuestKernel,
+    keep_current: bool,
+    agent: Option<PathBuf>,
+    json: bool,
+) -> Result<()> {
     let agent = match agent {
         Some(agent) => agent,
         None => beside_this_program()?,
@@ -51,7 +57,11 @@ fn build(kernel: GuestKernel, agent: Option<PathBuf>, json: bool) -> Result<()> 
         GuestKernel::Distro => GuestImage::build_with_distro_kernel(&cache, initramfs, report),
     };
     shown.end();
-    show(&image.map_err(|e| explain(&e))?, json)
+    let image = image.map_err(|e| explain(&e))?;
+    if !keep_current {
+        image.make_current(&cache).map_err(|e| explain(&e))?;
+    }
+    show(&image, json)
 }
 
 fn beside_this_program() -> Result<PathBuf> {

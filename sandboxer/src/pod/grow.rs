@@ -1,8 +1,8 @@
 //! A pod whose containers get more than its machine has.
 
 use serde_json::Value;
-use tracing::info;
-use vmm_core::vm::{VmError, VmSize};
+use tracing::{info, warn};
+use vmm_core::vm::{Vm, VmError, VmSize};
 
 use super::{Machine, Pod, PodError, Result};
 
@@ -63,11 +63,19 @@ impl Pod {
                 limit,
             }));
         }
+        self.pin(machine.vm.as_ref());
         info!(
             pod = self.id(),
             "grown to {} CPUs and {} bytes of memory", grown.vcpus, grown.memory_bytes
         );
         Ok(grown)
+    }
+
+    /// Keeps the vCPUs, those that were just plugged in among them, on the configured CPUs.
+    pub(super) fn pin(&self, vm: &dyn Vm) {
+        if let Err(e) = self.environment.vm.pin(|| vm.vcpu_threads()) {
+            warn!(pod = self.id(), "vm.cpu_affinity has no effect: {e}");
+        }
     }
 }
 

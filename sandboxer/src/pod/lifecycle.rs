@@ -135,9 +135,7 @@ impl Pod {
             if start {
                 vm.start().await.map_err(|e| self.vm_error(e))?;
             }
-            if let Err(e) = self.environment.vm.pin(|| vm.vcpu_threads()) {
-                warn!(pod = self.id(), "vm.cpu_affinity has no effect: {e}");
-            }
+            self.pin(vm.as_ref());
             // Meanwhile the guest boots.
             let accounted = tokio::task::spawn_blocking(self.account_for(vm.as_ref()));
             let connected = agent.await?;

@@ -41,8 +41,8 @@ fn the_guest_has_a_shell_when_it_is_asked_for() {
     let mut pty = OnPty::spawn(world.ctl.command(["debug-console", "pod"]), 30, 100);
     pty.type_in("tty && stty size\n");
     pty.wait_for("30 100", SLOW);
-    // Ctrl-C is the guest's: a signal once a command runs, a character of the line before that.
-    pty.type_in("echo run\"\"ning; sleep 1000\n");
+    // Ctrl-C is the guest's: a signal to the command once one runs; before, the shell's.
+    pty.type_in("sh -c 'echo run\"\"ning; exec sleep 1000'\n");
     pty.wait_for("running", SLOW);
     pty.type_in("\x03");
     pty.type_in("echo still-$((40+2))\n");

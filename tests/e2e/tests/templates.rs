@@ -225,7 +225,7 @@ fn templates_are_listed_verified_and_removed() {
     }
     let config = world.scratch().join("copies.toml");
     let text = format!("[templates]\ndir = {:?}\n", copies.path().to_str().unwrap());
-    fs::write(&config, text).unwrap();
+    fs::write(&config, &text).unwrap();
     let template = |args: &[&str]| {
         let config = config.to_str().unwrap();
         let args = ["template", "--config", config]
@@ -236,6 +236,7 @@ fn templates_are_listed_verified_and_removed() {
     let listed = template(&["ls"]);
     assert!(listed.expect_code(0).stdout.contains(&key), "{listed:?}");
     template(&["verify"]).expect_code(0);
+    clones_outlive_the_file(&text, &copy);
     damage(&copy.join("memory"));
     let bad = template(&["verify", "--json"]);
     let bad: Value = serde_json::from_str(&bad.expect_code(1).stdout).unwrap();
@@ -247,6 +248,44 @@ fn templates_are_listed_verified_and_removed() {
     template(&["rm", "no-such-key"]).expect_code(125);
     template(&["rm", &key[..8]]).expect_code(0);
     assert_eq!(fs::read_dir(copies.path()).unwrap().count(), 0);
+}
+
+/// The file of a template goes away while clones of it run, then the daemon amid a clone.
+fn clones_outlive_the_file(config: &str, template: &Path) {
+    let mut world = World::with_config(config);
+    detached(&world, "before");
+    let away = template.with_file_name("away");
+    fs::rename(template, &away).unwrap();
+    detached(&world, "after");
+    for name in ["before", "after"] {
+        let cloned = phases(&world, name);
+        assert!(cloned.iter().any(|p| p == "state restored"), "{cloned:?}");
+        let alive = world.ctl.run(["exec", name, "--", "/bin/echo", "alive"]);
+        assert_eq!(alive.expect_code(0).stdout, "alive\n");
+        world.ctl.run(["rm", "--force", name]).expect_code(0);
+    }
+    fs::rename(&away, template).unwrap();
+
+    let rootfs = world.rootfs.to_str().unwrap();
+    let mut client = world
+        .ctl
+        .spawn(["run", "--rootfs", rootfs, "--", "/bin/true"]);
+    eventually("the clone", SLOW, || {
+        let pods = fs::read_dir(world.daemon.state_dir()).unwrap().flatten();
+        let mut folders = pods.filter(|entry| entry.path().is_dir());
+        folders.next()
+    });
+    world.daemon.kill_and_restart();
+    let status = eventually("the client's end", SLOW, || client.try_wait().unwrap());
+    assert!(!status.success());
+    detached(&world, "next");
+    world.ctl.run(["rm", "--force", "next"]).expect_code(0);
+    let left: Vec<_> = fs::read_dir(world.daemon.state_dir())
+        .unwrap()
+        .flatten()
+        .filter(|entry| entry.path().is_dir())
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// Flips a bit in the middle of the file's data.
