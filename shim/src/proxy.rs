@@ -133,7 +133,8 @@ impl Proxy {
 
     async fn forward(&mut self, frame: Frame, request: Request) {
         let stream = frame.stream();
-        if request.service.starts_with(TASK) {
+        let task = request.service.starts_with(TASK);
+        if task {
             let prepared = match request.method.as_str() {
                 "Create" => self.sandbox.ensure(&request.payload).await,
                 "Shutdown" => match self.sandbox.task_shutdown().await {
@@ -159,7 +160,7 @@ impl Proxy {
                 return send(&self.to, &Frame::response(stream, Err(status))).await;
             }
         }
-        let waits = request.service.starts_with(TASK) && request.method == "Wait";
+        let waits = task && request.method == "Wait";
         if let Err(status) = self.hand_on(&frame, waits).await {
             let (service, method) = (&request.service, &request.method);
             self.log

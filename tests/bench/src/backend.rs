@@ -24,18 +24,10 @@ pub struct Backend {
 #[derive(Clone, Debug, Args)]
 pub struct Programs {
     /// QEMU's program
-    #[arg(
-        long,
-        default_value = "/usr/bin/qemu-system-x86_64",
-        value_name = "FILE"
-    )]
+    #[arg(long, default_value = harness::QEMU, value_name = "FILE")]
     qemu: PathBuf,
     /// Cloud Hypervisor's program
-    #[arg(
-        long,
-        default_value = "/usr/local/bin/cloud-hypervisor",
-        value_name = "FILE"
-    )]
+    #[arg(long, default_value = harness::CLOUD_HYPERVISOR, value_name = "FILE")]
     cloud_hypervisor: PathBuf,
 }
 

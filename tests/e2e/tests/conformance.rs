@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use devices::virtio::net::TapDevice;
 use external_hv::capability::{Backend, Capability};
-use harness::{bin_dir, eventually, kvm_missing, skip_if};
+use harness::{QEMU, bin_dir, eventually, kvm_missing, skip_if};
 use sandboxer::backend::external::ExternalBackend;
 use sandboxer::backend::vmm::VmmBackend;
 use sandboxer::backend::{MachineRequest, SandboxBackend};
@@ -166,8 +166,7 @@ async fn in_process() {
 }
 
 async fn qemu(more: &str, kind: Backend) {
-    let qemu = Path::new("/usr/bin/qemu-system-x86_64");
-    skip_if!((!qemu.exists()).then_some("QEMU is not installed"));
+    skip_if!((!Path::new(QEMU).exists()).then_some("QEMU is not installed"));
     let supervisor = bin_dir().join(external_hv::supervisor::PROGRAM);
     let text = format!(
         "[sandbox]\nmode = \"external\"\n[hypervisor]\nsupervisor = {supervisor:?}\n\

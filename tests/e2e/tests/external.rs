@@ -14,14 +14,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use e2e::World;
-use harness::{clock_error, eventually, external_backend, kvm_missing, skip_if};
+use harness::{QEMU, clock_error, eventually, external_backend, kvm_missing, skip_if};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
 /// A guest's kernel is emulated on some hosts.
 const SLOW: Duration = Duration::from_secs(300);
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// QEMU translates, so that the test is the same on every host.
 const CONFIG: &str = "[sandbox]\nmode = \"external\"\n[vm]\nmax_memory = \"512MiB\"\n\

@@ -47,6 +47,18 @@ fn detached(world: &World, name: &str) {
     run.expect_code(0);
 }
 
+fn lives_and_goes(world: &World, name: &str) {
+    let alive = world.ctl.run(["exec", name, "--", "/bin/echo", "alive"]);
+    assert_eq!(alive.expect_code(0).stdout, "alive\n");
+    world.ctl.run(["rm", "--force", name]).expect_code(0);
+}
+
+/// Folders of the daemon's pods.
+fn pods(world: &World) -> Vec<fs::DirEntry> {
+    let entries = fs::read_dir(world.daemon.state_dir()).unwrap().flatten();
+    entries.filter(|entry| entry.path().is_dir()).collect()
+}
+
 #[test]
 fn every_clone_is_someone_else() {
     skip_if!(kvm_missing());
@@ -161,9 +173,7 @@ fn a_full_disk_costs_the_next_daemon_a_boot_and_nobody_else_anything() {
         "half a template"
     );
     for name in ["builder", "clone"] {
-        let alive = world.ctl.run(["exec", name, "--", "/bin/echo", "alive"]);
-        assert_eq!(alive.expect_code(0).stdout, "alive\n");
-        world.ctl.run(["rm", "--force", name]).expect_code(0);
+        lives_and_goes(&world, name);
     }
     world.assert_nothing_left();
 }
@@ -260,9 +270,7 @@ fn clones_outlive_the_file(config: &str, template: &Path) {
     for name in ["before", "after"] {
         let cloned = phases(&world, name);
         assert!(cloned.iter().any(|p| p == "state restored"), "{cloned:?}");
-        let alive = world.ctl.run(["exec", name, "--", "/bin/echo", "alive"]);
-        assert_eq!(alive.expect_code(0).stdout, "alive\n");
-        world.ctl.run(["rm", "--force", name]).expect_code(0);
+        lives_and_goes(&world, name);
     }
     fs::rename(&away, template).unwrap();
 
@@ -270,21 +278,13 @@ fn clones_outlive_the_file(config: &str, template: &Path) {
     let mut client = world
         .ctl
         .spawn(["run", "--rootfs", rootfs, "--", "/bin/true"]);
-    eventually("the clone", SLOW, || {
-        let pods = fs::read_dir(world.daemon.state_dir()).unwrap().flatten();
-        let mut folders = pods.filter(|entry| entry.path().is_dir());
-        folders.next()
-    });
+    eventually("the clone", SLOW, || pods(&world).pop());
     world.daemon.kill_and_restart();
     let status = eventually("the client's end", SLOW, || client.try_wait().unwrap());
     assert!(!status.success());
     detached(&world, "next");
     world.ctl.run(["rm", "--force", "next"]).expect_code(0);
-    let left: Vec<_> = fs::read_dir(world.daemon.state_dir())
-        .unwrap()
-        .flatten()
-        .filter(|entry| entry.path().is_dir())
-        .collect();
+    let left = pods(&world);
     assert!(left.is_empty(), "{left:?}");
 }
 

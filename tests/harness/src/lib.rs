@@ -81,13 +81,19 @@ pub fn not_in_process() -> Option<String> {
     external_backend().map(|name| format!("this is about in-process VMs, not {name}"))
 }
 
+/// QEMU, where Debian has it.
+pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+/// Cloud Hypervisor, where its releases are put.
+pub const CLOUD_HYPERVISOR: &str = "/usr/local/bin/cloud-hypervisor";
+
 /// Why pods cannot run here, or `None` when they can.
 #[must_use]
 pub fn kvm_missing() -> Option<String> {
     if let Some(backend) = external_backend() {
         let usual = match backend.as_str() {
-            "qemu" => "/usr/bin/qemu-system-x86_64",
-            _ => "/usr/local/bin/cloud-hypervisor",
+            "qemu" => QEMU,
+            _ => CLOUD_HYPERVISOR,
         };
         let program = std::env::var_os("KUASAR_HYPERVISOR_PATH").unwrap_or_else(|| usual.into());
         let missing = !Path::new(&program).exists();

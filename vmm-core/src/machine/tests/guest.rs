@@ -23,7 +23,13 @@ impl Code {
         Self::default()
     }
 
-    pub fn from_bytes(bytes: &[u8]) -> Self {
+    /// What the assembler has put between two symbols.
+    ///
+    /// # Safety
+    /// They are in one section, with nothing but constant bytes between.
+    pub unsafe fn between(start: *const u8, end: *const u8) -> Self {
+        // SAFETY: as the caller promises.
+        let bytes = unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) };
         Self(bytes.to_vec())
     }
 

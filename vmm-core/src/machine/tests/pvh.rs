@@ -71,10 +71,8 @@ unsafe extern "C" {
 }
 
 fn guest() -> Code {
-    let (start, end) = (&raw const pvh_guest, &raw const pvh_guest_end);
-    // SAFETY: both symbols are in the section above, with nothing but constant bytes between.
-    let bytes = unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) };
-    Code::from_bytes(bytes)
+    // SAFETY: both are in the section above, which holds nothing else.
+    unsafe { Code::between(&raw const pvh_guest, &raw const pvh_guest_end) }
 }
 
 #[test]
