@@ -45,7 +45,7 @@ impl Guest {
         };
         fs::create_dir(&request.share).unwrap();
         backend.prepare(&request).await;
-        let vm = backend.build(request).await.unwrap();
+        let vm = backend.build(request).await.unwrap().vm;
         let listener = vm.listen(agent_api::CONTROL_PORT).unwrap();
         vm.start().await.unwrap();
         let limits = Limits {

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use prost::Message;
+use prost_types::Timestamp;
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tonic::{Code, Status};
@@ -21,6 +22,9 @@ const EVENTS_ANNOTATION: &str = "io.kuasar.containerd.ttrpc-address";
 
 /// The scheme of the address of a pod's Task API.
 const TASK_SCHEME: &str = "ttrpc+unix://";
+
+/// State of a pod that does not run.
+const NOT_READY: &str = "SANDBOX_NOTREADY";
 
 /// Who asked for the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,8 @@ pub(crate) struct Sandbox {
     log: Arc<Log>,
     /// Where the daemon serves the pod's tasks, once it runs.
     task_socket: Mutex<Option<PathBuf>>,
+    /// When the pod was made, once it runs.
+    created_at: OnceLock<Option<Timestamp>>,
     origin: tokio::sync::Mutex<Origin>,
     /// Notified when nothing is left to serve.
     ended: Notify,
@@ -53,6 +59,7 @@ impl Sandbox {
             daemon,
             log,
             task_socket: Mutex::new(None),
+            created_at: OnceLock::new(),
             origin: tokio::sync::Mutex::new(Origin::None),
             ended: Notify::new(),
         }
@@ -138,6 +145,7 @@ impl Sandbox {
         };
         let started = self.daemon.controller().start(request).await?.into_inner();
         self.log.info("the sandbox is started");
+        let _ = self.created_at.set(started.created_at);
         self.remember(&started.address)?;
         Ok(started)
     }
@@ -188,9 +196,12 @@ impl Sandbox {
     }
 
     async fn status(&self, request: wire::SandboxStatusRequest) -> Result<Vec<u8>, Status> {
-        let status = self
-            .daemons_status(request.sandbox_id, request.verbose)
-            .await?;
+        let id = request.sandbox_id;
+        let status = self.daemons_status(id.clone(), request.verbose).await;
+        let status = match status {
+            Err(status) if status.code() == Code::NotFound => self.gone(id),
+            status => status?,
+        };
         let answer = wire::SandboxStatusResponse {
             // containerd goes on with the id that it finds here.
             sandbox_id: status.sandbox_id,
@@ -202,6 +213,17 @@ impl Sandbox {
             extra: status.extra,
         };
         Ok(answer.encode_to_vec())
+    }
+
+    /// What is left of a pod that went with its daemon. containerd still has it, and takes an
+    /// error for a reason to ask again and again.
+    fn gone(&self, sandbox_id: String) -> api::ControllerStatusResponse {
+        api::ControllerStatusResponse {
+            sandbox_id,
+            state: NOT_READY.to_owned(),
+            created_at: self.created_at.get().copied().flatten(),
+            ..Default::default()
+        }
     }
 
     async fn ping(&self, id: String) -> Result<Vec<u8>, Status> {

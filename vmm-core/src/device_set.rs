@@ -3,6 +3,7 @@
 use std::io;
 
 use devices::virtio::VirtioDevice;
+use devices::virtio::fs::{Fs, FsHandle};
 use devices::virtio::net::{ConfigError, Net, NetConfig, NetHandle};
 use devices::virtio::vsock::{Vsock, VsockConfig, VsockHandle};
 
@@ -22,6 +23,7 @@ pub struct NamedDevice {
 #[derive(Debug, Default)]
 pub struct DeviceSet {
     pub(crate) devices: Vec<NamedDevice>,
+    pub(crate) share: Option<FsHandle>,
     pub(crate) vsock: Option<VsockHandle>,
     pub(crate) nets: Vec<NetHandle>,
     pub(crate) balloon: bool,
@@ -48,6 +50,14 @@ impl DeviceSet {
             device,
         });
         self
+    }
+
+    /// Adds a file system device, which [`crate::Machine::adopt`] can give another tree. A
+    /// machine has one such: the last added.
+    #[must_use]
+    pub fn with_share(mut self, share: Fs) -> Self {
+        self.share = Some(share.handle());
+        self.with_device("share", Box::new(share))
     }
 
     /// Adds an entropy device fed by the host.

@@ -43,6 +43,6 @@ pub use config::MachineConfig;
 pub use device_set::{DeviceSet, NamedDevice};
 pub use exit::panic_words;
 pub use host::Host;
-pub use machine::{BuildError, CloneConfig, DiskError, Machine, VmShell};
+pub use machine::{BuildError, CloneConfig, DiskError, Identity, Machine, VmShell};
 pub use snapshot::{Snapshot, SnapshotError};
 pub use vcpu::VcpuState;

@@ -4,13 +4,15 @@
 //! machine, with the thread's name and the message in the reason, and nothing else.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use devices::event_loop::Threads;
 use devices::virtio::EventHandler;
+use nix::unistd::{Pid, gettid};
 
 use crate::exit::ExitNotice;
 use crate::seccomp::{Violations, Watcher};
@@ -22,15 +24,26 @@ const NAME_BYTES: usize = 15;
 /// Spawns the threads of one machine.
 #[derive(Clone, Debug)]
 pub(crate) struct VmThreads {
-    machine: String,
+    names: Arc<Names>,
     exit: ExitNotice,
     violations: Arc<Violations>,
+}
+
+/// What the machine and its threads are called.
+#[derive(Debug)]
+struct Names {
+    machine: Mutex<String>,
+    /// The threads that run, with the role that each name begins with.
+    threads: Mutex<HashMap<Pid, String>>,
 }
 
 impl VmThreads {
     pub(crate) fn new(machine: &str, exit: ExitNotice) -> io::Result<Self> {
         Ok(Self {
-            machine: machine.to_owned(),
+            names: Arc::new(Names {
+                machine: Mutex::new(machine.to_owned()),
+                threads: Mutex::default(),
+            }),
             exit,
             violations: Violations::new()?,
         })
@@ -45,8 +58,20 @@ impl VmThreads {
     }
 
     /// Name of the machine.
-    pub(crate) fn machine(&self) -> &str {
-        &self.machine
+    pub(crate) fn machine(&self) -> String {
+        lock(&self.names.machine).clone()
+    }
+
+    /// Calls the machine and its threads by another name from now on.
+    pub(crate) fn rename(&self, machine: &str) {
+        let threads = lock(&self.names.threads);
+        machine.clone_into(&mut lock(&self.names.machine));
+        for (thread, role) in threads.iter() {
+            let file = format!("/proc/self/task/{thread}/comm");
+            if let Err(err) = std::fs::write(file, cut(role, machine)) {
+                tracing::debug!(%err, role, "a thread keeps its name");
+            }
+        }
     }
 
     /// Through which the machine's end is told.
@@ -60,16 +85,21 @@ impl VmThreads {
         role: &str,
         work: impl FnOnce() + Send + 'static,
     ) -> io::Result<Thread> {
-        let name = self.name(role);
+        let name = cut(role, &self.machine());
         let exit = self.exit.clone();
-        let label = name.clone();
-        let machine = self.machine.clone();
+        let names = Arc::clone(&self.names);
+        let role = role.to_owned();
         let violations = Arc::clone(&self.violations);
         let handle = thread::Builder::new().name(name).spawn(move || {
+            let me = gettid();
+            lock(&names.threads).insert(me, role.clone());
             // The closure owns everything it uses, and none of it is seen again after a
             // panic: no broken invariant can be observed.
             let confined = || violations.confine(work);
             let ended = catch_unwind(AssertUnwindSafe(confined));
+            lock(&names.threads).remove(&me);
+            let machine = lock(&names.machine).clone();
+            let label = cut(&role, &machine);
             if let Ok(Err(err)) = &ended {
                 exit.report(ExitReason::Device(format!("cannot confine {label}: {err}")));
             }
@@ -86,16 +116,21 @@ impl VmThreads {
             handle: Some(handle),
         })
     }
+}
 
-    fn name(&self, role: &str) -> String {
-        let mut name = format!("{role}-{}", self.machine);
-        let mut end = name.len().min(NAME_BYTES);
-        while !name.is_char_boundary(end) {
-            end = end.saturating_sub(1);
-        }
-        name.truncate(end);
-        name
+/// The name of a thread of `machine`.
+fn cut(role: &str, machine: &str) -> String {
+    let mut name = format!("{role}-{machine}");
+    let mut end = name.len().min(NAME_BYTES);
+    while !name.is_char_boundary(end) {
+        end = end.saturating_sub(1);
     }
+    name.truncate(end);
+    name
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Threads for VmThreads {
@@ -176,7 +211,6 @@ mod tests {
 
     #[test]
     fn names_are_cut_to_what_the_kernel_shows() {
-        let threads = VmThreads::new("a-rather-long-name", ExitNotice::new()).unwrap();
-        assert_eq!(threads.name("vcpu12"), "vcpu12-a-rather");
+        assert_eq!(cut("vcpu12", "a-rather-long-name"), "vcpu12-a-rather");
     }
 }

@@ -58,6 +58,16 @@ impl ConsoleOutput {
         })
     }
 
+    /// Writes further lines to a log file at `path`, with mode 0600 and at most `cap_bytes`.
+    ///
+    /// # Errors
+    /// When it cannot be created.
+    pub fn log_to(&self, path: PathBuf, cap_bytes: u64) -> io::Result<()> {
+        let log = RotatingFile::create(path, cap_bytes)?;
+        self.lock().log = Some(log);
+        Ok(())
+    }
+
     /// The newest output, a few KiB, with what is not UTF-8 replaced.
     #[must_use]
     pub fn tail(&self) -> String {

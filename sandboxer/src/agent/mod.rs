@@ -23,6 +23,8 @@ use tokio_util::task::AbortOnDropHandle;
 use ttrpc::context::{Context, with_duration};
 use vmm_core::vm::{GuestListener, GuestStream, Vm, VmError};
 
+use crate::config;
+
 pub use contract::Agent;
 pub use error::AgentError;
 
@@ -73,6 +75,16 @@ pub struct Limits {
     pub call: Duration,
     /// Opening a byte stream.
     pub connect: Duration,
+}
+
+impl From<&config::Timeouts> for Limits {
+    fn from(timeouts: &config::Timeouts) -> Self {
+        Self {
+            boot: timeouts.boot,
+            call: timeouts.agent_call,
+            connect: timeouts.connect,
+        }
+    }
 }
 
 /// What [`AgentClient::connect`] gives.

@@ -14,7 +14,7 @@ use vmm_core::Host;
 use vmm_core::vm::{Vm, VmError};
 
 use super::vmm::BackendError;
-use super::{MachineRequest, SandboxBackend, guest_environment};
+use super::{Built, MachineRequest, SandboxBackend, guest_environment};
 use crate::causes::with_causes;
 use crate::config::{Config, GuestFiles, HypervisorKind, accel};
 
@@ -146,11 +146,11 @@ impl SandboxBackend for ExternalBackend {
         Ok(found.map(|vm| Arc::new(vm) as _))
     }
 
-    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
+    async fn build(&self, request: MachineRequest) -> Result<Built, VmError> {
         check_folder(&request.dir)?;
         let hypervisor = Arc::clone(&self.hypervisor);
         let vm = ExternalVm::new(hypervisor, self.spec(request), self.supervisor.clone());
-        Ok(Arc::new(vm))
+        Ok(Arc::new(vm).into())
     }
 }
 

@@ -47,6 +47,22 @@ fn guest_environment(host: &Host) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// A machine that does not run yet. Dropping it ends it.
+#[derive(Debug)]
+pub struct Built {
+    /// The machine.
+    pub vm: Arc<dyn Vm>,
+    /// Its agent, where that has answered before the machine was paused; otherwise
+    /// [`SandboxBackend::agent`] waits for it.
+    pub met: Option<Connected>,
+}
+
+impl<V: Vm + 'static> From<Arc<V>> for Built {
+    fn from(vm: Arc<V>) -> Self {
+        Self { vm, met: None }
+    }
+}
+
 /// Waits for [`SandboxBackend::agent`]'s answer.
 pub type Connecting = Pin<Box<dyn Future<Output = Result<Connected, AgentError>> + Send>>;
 
@@ -69,8 +85,8 @@ pub trait SandboxBackend: Send + Sync + fmt::Debug {
         let _ = request;
     }
 
-    /// Builds a machine that does not run yet. Dropping it ends it.
-    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError>;
+    /// Builds a machine.
+    async fn build(&self, request: MachineRequest) -> Result<Built, VmError>;
 
     /// What runs containers in `vm`, the machine of `pod`: an agent that dials once `vm` runs.
     ///

@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
-use devices::virtio::fs::{Fs, FsConfig};
+use devices::virtio::fs::{Fs, FsConfig, ShareRoot};
 use devices::virtio::net::NetConfig;
 use devices::virtio::vsock::VsockConfig;
 use external_hv::HvError;
@@ -16,13 +15,17 @@ use vmm_core::config::{ConsoleLog, Discovery};
 use vmm_core::host::HostError;
 use vmm_core::memory::HUGE_PAGE_BYTES;
 use vmm_core::vm::{Disk, Vm, VmError};
-use vmm_core::{BuildError, CloneConfig, DeviceSet, Host, Machine, MachineConfig, Snapshot};
+use vmm_core::{
+    BuildError, CloneConfig, DeviceSet, Host, Identity, Machine, MachineConfig, Snapshot,
+};
 
-use super::{MachineRequest, SandboxBackend, guest_environment};
+use super::{Built, MachineRequest, SandboxBackend, guest_environment};
+use crate::agent::Limits;
 use crate::causes::with_causes;
 use crate::config::{self, Config, DeviceDiscovery, GuestFiles, MissingGuestFile, TemplateMode};
 use crate::template::{
-    BuildTemplateError, TemplateKey, TemplateMachine, TemplateManager, TemplateParts, TemplateStore,
+    BuildTemplateError, MakeWarm, TemplateKey, TemplateMachine, TemplateManager, TemplateParts,
+    TemplateStore, WarmClone, nowhere,
 };
 
 /// Address of every guest; nothing is routed by it.
@@ -30,6 +33,9 @@ const GUEST_CID: u32 = 3;
 
 /// Longest name of a machine.
 const MAX_NAME_BYTES: usize = 64;
+
+/// Name of machines that are nobody's yet.
+const WARM: &str = "warm";
 
 /// Name of the console log in the pod's folder.
 const CONSOLE_LOG: &str = "console.log";
@@ -74,8 +80,8 @@ pub struct VmmBackend {
     guest: GuestFiles,
     vm: config::Vm,
     fs: config::Fs,
-    /// From starting a template's vCPUs to its agent's dial.
-    boot_limit: Duration,
+    /// Of the agents in templates and warm clones.
+    limits: Limits,
     templates: Option<Templates>,
 }
 
@@ -137,7 +143,7 @@ impl VmmBackend {
             guest,
             vm: config.vm,
             fs: config.fs,
-            boot_limit: timeouts.boot,
+            limits: Limits::from(&timeouts),
             templates,
         })
     }
@@ -152,13 +158,7 @@ impl VmmBackend {
         let folder = settings.folder().map_err(|e| with_causes(&e))?;
         let store = TemplateStore::open(&folder).map_err(|e| with_causes(&e))?;
         let parts = TemplateParts::new(identity, guest, &config.vm).map_err(|e| with_causes(&e))?;
-        let manager = TemplateManager::new(
-            host.clone(),
-            store,
-            guest.clone(),
-            settings.keep,
-            settings.warm,
-        );
+        let manager = TemplateManager::new(host.clone(), store, guest.clone(), settings);
         Ok(Templates { manager, parts })
     }
 
@@ -185,10 +185,10 @@ impl VmmBackend {
             .parts
             .key(vcpus, memory_bytes, &self.device_names());
         let mut machine = self.guest_config("template", vcpus, memory_bytes);
-        let (fs, vm, limit) = (self.fs.clone(), self.vm.clone(), self.boot_limit);
+        let (fs, vm, limit) = (self.fs.clone(), self.vm.clone(), self.limits.boot);
         let make = move |share: &Path| {
-            machine.devices =
-                devices(&fs, &vm, memory_bytes, share, None).map_err(BuildTemplateError::Start)?;
+            machine.devices = devices(&fs, &vm, memory_bytes, share.to_owned(), None)
+                .map_err(BuildTemplateError::Start)?;
             Ok(TemplateMachine {
                 config: machine,
                 limit,
@@ -196,6 +196,79 @@ impl VmmBackend {
         };
         let found = templates.manager.get(&key, make).await;
         found.map_err(|err| with_causes(&*err))
+    }
+
+    /// Gives the pod a clone that was made ahead of it, if there is one.
+    async fn adopt_warm(&self, templates: &Templates, request: &MachineRequest) -> Option<Built> {
+        let key = self.template_key(request.vcpus, request.memory_bytes)?;
+        // A clone's disk slots are empty.
+        if !request.disks.is_empty() {
+            return None;
+        }
+        let WarmClone { machine, connected } = templates.manager.warm().take(&key)?;
+        let identity = Identity {
+            name: machine_name(&request.pod),
+            console: self.console(request),
+            share: request.share.clone(),
+            vsock_socket: self.vsock_socket(request),
+        };
+        let adopting = Arc::clone(&machine);
+        let adopted = tokio::task::spawn_blocking(move || adopting.adopt(identity)).await;
+        match adopted.map_err(backend_error).flatten() {
+            Ok(()) => {
+                // Has the template, or this one would not be.
+                if let Ok(template) = self.template(request.vcpus, request.memory_bytes).await {
+                    self.warm_up(templates, request, &template);
+                }
+                Some(Built {
+                    vm: machine,
+                    met: Some(connected),
+                })
+            }
+            Err(err) => {
+                warn!(
+                    pod = request.pod,
+                    "a warm clone is of no use: {}",
+                    with_causes(&err)
+                );
+                None
+            }
+        }
+    }
+
+    /// Waits until a clone waits for a pod.
+    pub async fn warm_clone_waits(&self) {
+        if let Some(templates) = &self.templates {
+            templates.manager.warm().wait().await;
+        }
+    }
+
+    /// Makes clones for later pods like this one, in the background.
+    fn warm_up(&self, templates: &Templates, request: &MachineRequest, template: &Snapshot) {
+        let Some(key) = self.template_key(request.vcpus, request.memory_bytes) else {
+            return;
+        };
+        let (fs, vm, memory_bytes) = (self.fs.clone(), self.vm.clone(), request.memory_bytes);
+        let (host, template, limits) = (self.host.clone(), template.clone(), self.limits);
+        let make: MakeWarm = Arc::new(move || {
+            let (fs, vm) = (fs.clone(), vm.clone());
+            let (host, template) = (host.clone(), template.clone());
+            Box::pin(async move {
+                let share = nowhere().map_err(io_error("making room for a share"))?;
+                let config = CloneConfig {
+                    name: WARM.to_owned(),
+                    console: ConsoleLog::default(),
+                    devices: devices(&fs, &vm, memory_bytes, share, None)?,
+                };
+                let restore = move || Machine::restore(&host, config, &template, None);
+                WarmClone::meet(blocking(restore).await?, limits).await
+            })
+        });
+        templates.manager.warm().refill(&key, make);
+    }
+
+    fn vsock_socket(&self, request: &MachineRequest) -> Option<PathBuf> {
+        self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET))
     }
 
     fn console(&self, request: &MachineRequest) -> ConsoleLog {
@@ -207,9 +280,10 @@ impl VmmBackend {
     }
 
     fn devices(&self, request: &MachineRequest) -> Result<DeviceSet, VmError> {
-        let socket = self.vm.vsock_uds.then(|| request.dir.join(VSOCK_SOCKET));
+        let socket = self.vsock_socket(request);
         let memory_bytes = request.memory_bytes;
-        let devices = devices(&self.fs, &self.vm, memory_bytes, &request.share, socket)?;
+        let share = request.share.clone();
+        let devices = devices(&self.fs, &self.vm, memory_bytes, share, socket)?;
         let plug = |devices: DeviceSet, (slot, disk): &(usize, Disk)| {
             if *slot >= devices.disk_slots() {
                 return Err(VmError::NoDiskSlot {
@@ -281,17 +355,17 @@ fn devices(
     fs: &config::Fs,
     vm: &config::Vm,
     memory_bytes: u64,
-    share: &Path,
+    share: impl Into<ShareRoot>,
     vsock_socket: Option<PathBuf>,
 ) -> Result<DeviceSet, VmError> {
-    let mut share = FsConfig::new(agent_api::SHARE_TAG, share.to_owned());
+    let mut share = FsConfig::new(agent_api::SHARE_TAG, share);
     share.workers = fs.workers;
     share.cache = fs.cache.into();
     let share = Fs::new(share).map_err(backend_error)?;
     let mut vsock = VsockConfig::new(GUEST_CID);
     vsock.uds_path = vsock_socket;
     let mut devices = DeviceSet::new()
-        .with_device("share", Box::new(share))
+        .with_share(share)
         .with_rng()
         .map_err(io_error("opening the entropy device"))?
         .with_vsock(vsock)
@@ -353,20 +427,25 @@ impl SandboxBackend for VmmBackend {
             .await
             .map_err(backend_error)?
             .map_err(backend_error)?;
-        blocking(move || Machine::restore(&host, config, &snapshot, None)).await
+        let machine = blocking(move || Machine::restore(&host, config, &snapshot, None)).await?;
+        Ok(Arc::new(machine))
     }
 
-    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
+    async fn build(&self, request: MachineRequest) -> Result<Built, VmError> {
         let host = self.host.clone();
         let Some(templates) = &self.templates else {
             return boot(host, self.machine_config(&request)?).await;
         };
+        if let Some(warm) = self.adopt_warm(templates, &request).await {
+            return Ok(warm);
+        }
         let template = self.template(request.vcpus, request.memory_bytes).await;
         let cloned = match template {
             Ok(template) => {
                 let vcpus = self.vm.most(request.vcpus, 0).vcpus;
                 let shell = templates.manager.shell(vcpus);
                 let config = self.clone_config(&request)?;
+                self.warm_up(templates, &request, &template);
                 blocking(move || Machine::restore(&host, config, &template, shell))
                     .await
                     .map_err(|err| with_causes(&err))
@@ -374,7 +453,7 @@ impl SandboxBackend for VmmBackend {
             Err(why) => Err(why),
         };
         match cloned {
-            Ok(machine) => Ok(machine),
+            Ok(machine) => Ok(Arc::new(machine).into()),
             Err(why) => {
                 warn!(pod = request.pod, "booting instead of cloning: {why}");
                 boot(self.host.clone(), self.machine_config(&request)?).await
@@ -383,19 +462,19 @@ impl SandboxBackend for VmmBackend {
     }
 }
 
-async fn boot(host: Host, config: MachineConfig) -> Result<Arc<dyn Vm>, VmError> {
-    blocking(move || Machine::build(&host, config)).await
+async fn boot(host: Host, config: MachineConfig) -> Result<Built, VmError> {
+    let machine = blocking(move || Machine::build(&host, config)).await?;
+    Ok(Arc::new(machine).into())
 }
 
-/// Makes a machine off the async threads.
-async fn blocking(
-    make: impl FnOnce() -> Result<Machine, BuildError> + Send + 'static,
-) -> Result<Arc<dyn Vm>, VmError> {
-    let machine = tokio::task::spawn_blocking(make)
+/// Makes something off the async threads.
+async fn blocking<T: Send + 'static>(
+    make: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
+) -> Result<T, VmError> {
+    tokio::task::spawn_blocking(make)
         .await
         .map_err(backend_error)?
-        .map_err(backend_error)?;
-    Ok(Arc::new(machine))
+        .map_err(backend_error)
 }
 
 /// The pod's id as far as a machine's name can hold it.

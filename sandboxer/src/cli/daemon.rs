@@ -158,6 +158,8 @@ impl Embedded {
     async fn start(kind: Kind, config: Option<&Path>, overrides: Overrides) -> Result<Self> {
         let mut config = Config::load(config).map_err(|e| CliError::new(chain(&e)))?;
         overrides.apply(&mut config);
+        // For one pod.
+        config.templates.warm = 0;
         let backend: Option<Arc<dyn SandboxBackend>> = match kind {
             Kind::Vmm => None,
             Kind::Wasm => {

@@ -71,6 +71,7 @@ async fn build(
     // Asked for, whatever pods do.
     config.templates.mode = TemplateMode::Auto;
     config.templates.warm = 0;
+    config.templates.shells = 0;
     let vcpus = cpus.unwrap_or(config.vm.vcpus);
     let memory_bytes = memory.unwrap_or(config.vm.memory).as_u64();
     let store = store(&config)?;

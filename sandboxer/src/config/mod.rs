@@ -361,6 +361,7 @@ mod tests {
             ("[fs]\nworkers = 0", "fs.workers = 0: "),
             ("[templates]\nkeep = 0", "templates.keep = 0: "),
             ("[templates]\nwarm = 1000", "templates.warm = 1000: "),
+            ("[templates]\nshells = 257", "templates.shells = 257: "),
             ("[templates]\nmode = 'on'", "on"),
             ("[wasm]\nmax_instances = 0", "wasm.max_instances = 0: "),
             ("[wasm]\nmax_memory = '8GiB'", "wasm.max_memory = "),

@@ -20,9 +20,12 @@ pub struct Templates {
     /// How many templates are kept, those used last, in memory and on disk. There is one for
     /// each size of pods.
     pub keep: usize,
-    /// How many VMs without a guest are created ahead of time for each number of vCPUs, so
-    /// that a pod's start need not.
+    /// How many clones of each template in use wait, paused, for a pod: their agents have
+    /// answered already.
     pub warm: usize,
+    /// How many VMs without a guest are created ahead of time for each number of vCPUs, for
+    /// pods that find no clone ready.
+    pub shells: usize,
 }
 
 impl Default for Templates {
@@ -31,7 +34,8 @@ impl Default for Templates {
             mode: TemplateMode::Auto,
             dir: None,
             keep: 4,
-            warm: 2,
+            warm: 1,
+            shells: 2,
         }
     }
 }
@@ -42,8 +46,13 @@ impl Templates {
         if self.keep == 0 || self.keep > 1000 {
             return wrong("templates.keep", self.keep, "must be 1 to 1000");
         }
-        if self.warm > 256 {
-            return wrong("templates.warm", self.warm, "must be 0 to 256");
+        for (key, value) in [
+            ("templates.warm", self.warm),
+            ("templates.shells", self.shells),
+        ] {
+            if value > 256 {
+                return wrong(key, value, "must be 0 to 256");
+            }
         }
         Ok(())
     }

@@ -16,8 +16,8 @@ use super::network::{Follower, PodNetwork};
 use super::process::{Exit, KILLED, Process};
 use super::snapshot::SavedContainer;
 use super::{Machine, Network, Phase, Pod, PodError, Result, lock, nanoseconds, phase};
-use crate::agent::{AgentEvent, Limits};
-use crate::backend::MachineRequest;
+use crate::agent::{AgentEvent, Connected, Limits};
+use crate::backend::{Built, MachineRequest};
 use crate::causes::with_causes;
 use crate::events::TaskEventKind;
 use crate::pod::MachineSize;
@@ -106,8 +106,9 @@ impl Pod {
             () = self.environment.backend.prepare(&request) => {}
         }
         let built = self.environment.backend.build(request).await;
-        let vm = Arc::clone(slot.insert(built.map_err(|e| self.vm_error(e))?));
-        self.bring_up(&vm, &[]).await
+        let Built { vm, met } = built.map_err(|e| self.vm_error(e))?;
+        *slot = Some(Arc::clone(&vm));
+        self.bring_up(&vm, met, &[]).await
     }
 
     /// Lets a machine run, sets its guest up, and takes over the containers that run in it
@@ -115,23 +116,29 @@ impl Pod {
     pub(super) async fn bring_up(
         &self,
         vm: &Arc<dyn Vm>,
+        met: Option<Connected>,
         containers: &[SavedContainer],
     ) -> Result<mpsc::Receiver<AgentEvent>> {
         self.connect_network(vm.as_ref()).await?;
-        self.meet(vm, containers, true).await
+        self.meet(vm, met, containers, true).await
     }
 
-    /// Waits for the agent of a machine that runs, or is to be started.
+    /// Waits for the agent of a machine that runs, or is to be started, unless it has been `met`.
     pub(super) async fn meet(
         &self,
         vm: &Arc<dyn Vm>,
+        met: Option<Connected>,
         containers: &[SavedContainer],
         start: bool,
     ) -> Result<mpsc::Receiver<AgentEvent>> {
         let up = async {
             let backend = &self.environment.backend;
-            let agent = backend.agent(self.id(), vm.as_ref(), self.limits());
-            let agent = agent.map_err(|e| self.vm_error(e))?;
+            let agent = match met {
+                Some(connected) => Box::pin(std::future::ready(Ok(connected))),
+                None => backend
+                    .agent(self.id(), vm.as_ref(), self.limits())
+                    .map_err(|e| self.vm_error(e))?,
+            };
             if start {
                 vm.start().await.map_err(|e| self.vm_error(e))?;
             }
@@ -246,12 +253,7 @@ impl Pod {
     }
 
     pub(super) fn limits(&self) -> Limits {
-        let timeouts = &self.environment.timeouts;
-        Limits {
-            boot: timeouts.boot,
-            call: timeouts.agent_call,
-            connect: timeouts.connect,
-        }
+        Limits::from(&self.environment.timeouts)
     }
 
     pub(super) fn setup(&self) -> rpc::SetupSandboxRequest {

@@ -174,7 +174,7 @@ impl Pod {
             return Err(PodError::Cancelled("the machine, which ended meanwhile,"));
         };
         let vm = Arc::clone(slot.insert(vm));
-        let events = self.meet(&vm, &pod.saved.containers, false).await?;
+        let events = self.meet(&vm, None, &pod.saved.containers, false).await?;
         info!("taken over from an earlier daemon");
         Ok(events)
     }

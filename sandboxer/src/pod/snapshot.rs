@@ -246,7 +246,7 @@ impl Pod {
         let backend = &self.environment.backend;
         let restored = backend.restore(request, dir, &self.label()).await;
         let vm = Arc::clone(slot.insert(restored.map_err(|e| self.vm_error(e))?));
-        self.bring_up(&vm, &saved.containers).await
+        self.bring_up(&vm, None, &saved.containers).await
     }
 
     /// What the guest has open must be there before the machine is.

@@ -13,8 +13,9 @@ use vmm_core::{Host, Snapshot, VmShell};
 use super::TemplateKey;
 use super::build::{BuildTemplateError, TemplateMachine, blocking, io_error};
 use super::store::{TemplateInfo, TemplateStore};
+use super::warm::WarmPool;
 use crate::causes::with_causes;
-use crate::config::GuestFiles;
+use crate::config::{self, GuestFiles};
 
 /// A template that could not be built is not tried again for so long.
 const FAILURE_HOLDS: Duration = Duration::from_secs(300);
@@ -29,7 +30,8 @@ pub struct TemplateManager {
     store: TemplateStore,
     guest: GuestFiles,
     keep: usize,
-    warm: usize,
+    shells: usize,
+    warm: Arc<WarmPool>,
     state: Mutex<State>,
 }
 
@@ -53,22 +55,21 @@ enum Entry {
 }
 
 impl TemplateManager {
-    /// A manager of the templates in `store`, of which it keeps `keep`, with `warm` shells
-    /// for each number of vCPUs in use.
+    /// A manager of the templates in `store`, as `settings` say.
     #[must_use]
     pub fn new(
         host: Host,
         store: TemplateStore,
         guest: GuestFiles,
-        keep: usize,
-        warm: usize,
+        settings: &config::Templates,
     ) -> Arc<Self> {
         Arc::new(Self {
             host,
             store,
             guest,
-            keep: keep.max(1),
-            warm,
+            keep: settings.keep.max(1),
+            shells: settings.shells,
+            warm: WarmPool::new(settings.warm),
             state: Mutex::default(),
         })
     }
@@ -124,9 +125,14 @@ impl TemplateManager {
             Ok(snapshot) => Entry::There(snapshot.clone(), now),
             Err(err) => Entry::Failed(Arc::clone(err), now),
         };
-        let mut state = self.lock();
-        state.entries.insert(key, entry);
-        state.forget_unused(self.keep);
+        let forgotten = {
+            let mut state = self.lock();
+            state.entries.insert(key, entry);
+            state.forget_unused(self.keep)
+        };
+        for key in forgotten {
+            self.warm.forget(&key);
+        }
         outcome
     }
 
@@ -201,6 +207,12 @@ impl TemplateManager {
         Ok(snapshot)
     }
 
+    /// The clones that wait for pods.
+    #[must_use]
+    pub fn warm(&self) -> &Arc<WarmPool> {
+        &self.warm
+    }
+
     /// A shell made ahead of time, if there is one; others are made in its place.
     pub fn shell(self: &Arc<Self>, vcpus: u32) -> Option<VmShell> {
         let shell = self.lock().shells.get_mut(&vcpus).and_then(Vec::pop);
@@ -214,7 +226,7 @@ impl TemplateManager {
             let mut state = self.lock();
             let there = state.shells.get(&vcpus).map_or(0, Vec::len);
             let coming = state.refilling.entry(vcpus).or_default();
-            if *coming > 0 || there >= self.warm {
+            if *coming > 0 || there >= self.shells {
                 return;
             }
             *coming = 1;
@@ -228,7 +240,7 @@ impl TemplateManager {
                     Ok(shell) => {
                         let shells = state.shells.entry(vcpus).or_default();
                         shells.push(shell);
-                        shells.len() >= manager.warm
+                        shells.len() >= manager.shells
                     }
                     Err(err) => {
                         warn!("no VM shell ahead of time: {}", with_causes(&err));
@@ -249,8 +261,8 @@ impl TemplateManager {
 }
 
 impl State {
-    /// Machines that run keep the memory of their template.
-    fn forget_unused(&mut self, keep: usize) {
+    /// Machines that run keep the memory of their template. Returns which are gone.
+    fn forget_unused(&mut self, keep: usize) -> Vec<TemplateKey> {
         let mut there: Vec<_> = self
             .entries
             .iter()
@@ -261,9 +273,10 @@ impl State {
             .collect();
         there.sort();
         let excess = there.len().saturating_sub(keep);
-        for (_, key) in there.into_iter().take(excess) {
-            self.entries.remove(&key);
-        }
+        there.truncate(excess);
+        let gone: Vec<_> = there.into_iter().map(|(_, key)| key).collect();
+        self.entries.retain(|key, _| !gone.contains(key));
+        gone
     }
 }
 

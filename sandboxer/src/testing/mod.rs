@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use vmm_core::vm::{Vm, VmError};
+use vmm_core::vm::VmError;
 
-use crate::backend::{MachineRequest, SandboxBackend};
+use crate::backend::{Built, MachineRequest, SandboxBackend};
 use crate::config::Timeouts;
 pub(crate) use vm::FakeVm;
 
@@ -80,7 +80,7 @@ impl SandboxBackend for FakeBackend {
         BTreeMap::from([("FAKE".to_owned(), "1".to_owned())])
     }
 
-    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
+    async fn build(&self, request: MachineRequest) -> Result<Built, VmError> {
         if self.fault == Fault::Build {
             return Err(VmError::Unsupported {
                 what: "build a VM today",
@@ -92,7 +92,7 @@ impl SandboxBackend for FakeBackend {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(Arc::clone(&vm));
-        Ok(vm)
+        Ok(vm.into())
     }
 }
 

@@ -52,7 +52,7 @@ impl World {
         let rootfs = harness::rootfs::busybox(scratch.path());
         let mut config = config.to_owned();
         if !config.contains("[templates]") {
-            config.push_str("\n[templates]\nwarm = 0\n");
+            config.push_str("\n[templates]\nwarm = 0\nshells = 0\n");
         }
         let daemon = Daemon::start(&config);
         let ctl = Ctl::new(&daemon);

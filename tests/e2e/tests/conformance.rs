@@ -45,7 +45,7 @@ async fn build(backend: &dyn SandboxBackend, dir: &TempDir) -> Arc<dyn Vm> {
         disks: Vec::new(),
         netns: None,
     };
-    backend.build(request).await.unwrap()
+    backend.build(request).await.unwrap().vm
 }
 
 /// Whether an operation did what the table says: worked, or is typed as unsupported.
@@ -159,7 +159,7 @@ async fn network(vm: &dyn Vm, kind: Backend) {
 #[tokio::test(flavor = "multi_thread")]
 async fn in_process() {
     skip_if!(kvm_missing());
-    let backend = VmmBackend::new(&config("[templates]\nwarm = 0\n"))
+    let backend = VmmBackend::new(&config("[templates]\nwarm = 0\nshells = 0\n"))
         .await
         .unwrap();
     conforms(&backend, Backend::InProcess).await;

@@ -13,6 +13,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use e2e::World;
+use harness::leftovers::Held;
 use harness::{eventually, kvm_missing, not_in_process, skip_if};
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
@@ -38,13 +39,14 @@ fn phases(world: &World, pod: &str) -> Vec<String> {
         .collect()
 }
 
-fn detached(world: &World, name: &str) {
+/// Starts a pod; returns its id.
+fn detached(world: &World, name: &str) -> String {
     let rootfs = world.rootfs.to_str().unwrap();
     #[rustfmt::skip]
     let run = world.ctl.run([
         "run", "--detach", "--name", name, "--rootfs", rootfs, "--", "/bin/sleep", "100000",
     ]);
-    run.expect_code(0);
+    run.expect_code(0).stdout.trim().to_owned()
 }
 
 fn lives_and_goes(world: &World, name: &str) {
@@ -64,22 +66,63 @@ fn every_clone_is_someone_else() {
     skip_if!(kvm_missing());
     skip_if!(not_in_process());
     let world = World::new();
+    are_different(&world, ["state restored", "state restored"]);
+    world.assert_nothing_left();
+}
+
+#[test]
+fn a_clone_that_waited_becomes_a_pod_like_any_other() {
+    skip_if!(kvm_missing());
+    skip_if!(not_in_process());
+    let world = World::with_config("[templates]\nwarm = 1\nshells = 0\n");
+    // The first finds none, and has one made for the next.
+    are_different(&world, ["state restored", "adopted"]);
+    let held = Held::by(&world.daemon).vm_threads;
+    let mut vcpus = held.iter().filter(|name| name.starts_with("vcpu"));
+    assert!(vcpus.all(|name| name.ends_with("-warm")), "{held:?}");
+    assert!(pods(&world).is_empty(), "{:?}", pods(&world));
+}
+
+/// A clone waits for a pod.
+fn one_waits(world: &World) -> Option<()> {
+    world
+        .daemon
+        .log()
+        .contains("a warm clone waits")
+        .then_some(())
+}
+
+/// Runs two pods, which reach this phase when they start, and compares them.
+fn are_different(world: &World, reached: [&str; 2]) {
     let mut seen = BTreeSet::new();
-    for name in ["first", "second"] {
-        detached(&world, name);
-        let cloned = phases(&world, name);
-        assert!(cloned.iter().any(|p| p == "state restored"), "{cloned:?}");
+    for (name, phase) in ["first", "second"].into_iter().zip(reached) {
+        if phase == "adopted" {
+            eventually("a clone that waits", SLOW, || one_waits(world));
+        }
+        let pod = detached(world, name);
+        let cloned = phases(world, name);
+        assert!(cloned.iter().any(|p| p == phase), "{cloned:?}");
+        let threads = Held::by(&world.daemon).vm_threads;
+        let role = format!("vcpu0-{pod}");
+        assert!(
+            threads.iter().any(|thread| role.starts_with(thread)),
+            "{threads:?}"
+        );
+        let folder = world.daemon.state_dir().join(pod);
+        assert!(folder.join("console.log").exists());
+        assert!(folder.join("vsock.sock").exists());
         let id = world
             .ctl
             .run(["exec", name, "--", "/bin/sh", "-c", IDENTITY]);
         let text = id.expect_code(0).stdout.clone();
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 5, "{text}");
-        for line in &lines[..4] {
+        let (clock, own) = lines.split_last().unwrap();
+        assert_eq!(own.len(), 4, "{text}");
+        for line in own {
             assert!(seen.insert((*line).to_owned()), "{line} twice: {seen:?}");
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        let guest: u64 = lines[4].parse().unwrap();
+        let guest: u64 = clock.parse().unwrap();
         let apart = now.as_secs().abs_diff(guest);
         assert!(apart < 60, "the guest's clock is {apart} s off");
     }
@@ -90,7 +133,6 @@ fn every_clone_is_someone_else() {
         .run(["exec", "second", "--", "/bin/echo", "alive"]);
     assert_eq!(alive.expect_code(0).stdout, "alive\n");
     world.ctl.run(["rm", "--force", "second"]).expect_code(0);
-    world.assert_nothing_left();
 }
 
 /// Sets or lifts the daemon's limit of address space, in bytes.
@@ -155,7 +197,7 @@ fn a_full_disk_costs_the_next_daemon_a_boot_and_nobody_else_anything() {
     }
     let _unmount = Unmount(disk.path());
     let world = World::with_config(&format!(
-        "[templates]\nwarm = 0\ndir = {:?}\n",
+        "[templates]\nwarm = 0\nshells = 0\ndir = {:?}\n",
         disk.path().to_str().unwrap()
     ));
     detached(&world, "builder");
@@ -234,7 +276,10 @@ fn templates_are_listed_verified_and_removed() {
         fs::copy(file.path(), copy.join(file.file_name())).unwrap();
     }
     let config = world.scratch().join("copies.toml");
-    let text = format!("[templates]\ndir = {:?}\n", copies.path().to_str().unwrap());
+    let text = format!(
+        "[templates]\nwarm = 0\ndir = {:?}\n",
+        copies.path().to_str().unwrap()
+    );
     fs::write(&config, &text).unwrap();
     let template = |args: &[&str]| {
         let config = config.to_str().unwrap();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::event_loop::EventLoop;
 use devices::legacy::{ConsoleOptions, ConsoleOutput};
+use devices::virtio::fs::FsHandle;
 use devices::virtio::mem::MemHandle;
 use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
@@ -32,6 +33,7 @@ pub(super) struct Frame {
     threads: VmThreads,
     event_loop: EventLoop,
     buses: Buses,
+    share: Option<FsHandle>,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
     pub(super) shell: VmShell,
@@ -76,6 +78,7 @@ impl Frame {
             })?;
         let DeviceSet {
             devices,
+            share,
             vsock,
             nets,
             balloon,
@@ -112,6 +115,7 @@ impl Frame {
             threads,
             event_loop,
             buses,
+            share,
             vsock,
             nets,
             shell,
@@ -168,21 +172,21 @@ impl Frame {
             .map_err(BuildError::thread("vCPU threads"))?;
         self.phases.mark_first(Phases::VM_BUILT);
         let memory_bytes = self.ram.bytes();
-        let name = self.threads.machine().to_owned();
         tracing::info!(
-            pod = name,
+            pod = self.threads.machine(),
             vcpus = live.members.len(),
             memory_bytes,
             "machine built"
         );
         Ok(Machine {
             host: host.clone(),
-            name,
+            threads: self.threads,
             exit: self.exit,
             phases: self.phases,
             console: self.console,
             cmdline,
             memory_bytes,
+            share: self.share,
             vsock: self.vsock,
             nets: self.nets,
             mem: self.mem,

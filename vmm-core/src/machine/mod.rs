@@ -4,6 +4,7 @@
 //! from, which is a kernel's entry ([`Machine::build`]) or a snapshot's
 //! ([`Machine::restore`]).
 
+mod adopt;
 mod boot;
 mod cmdline;
 mod disks;
@@ -21,11 +22,13 @@ mod wiring;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::legacy::ConsoleOutput;
+use devices::virtio::fs::FsHandle;
 use devices::virtio::mem::MemHandle;
 use devices::virtio::net::NetHandle;
 use devices::virtio::vsock::VsockHandle;
 use tokio::sync::watch;
 
+pub use self::adopt::Identity;
 pub use self::disks::DiskError;
 pub use self::error::BuildError;
 use self::live::Live;
@@ -35,6 +38,7 @@ pub use self::shell::VmShell;
 pub(crate) use self::wiring::LegacyState;
 use crate::exit::ExitNotice;
 use crate::host::Host;
+use crate::thread::VmThreads;
 use crate::vcpu::VcpuState;
 use crate::vm::ExitCounts;
 
@@ -45,12 +49,13 @@ use crate::vm::ExitCounts;
 #[derive(Debug)]
 pub struct Machine {
     host: Host,
-    name: String,
+    threads: VmThreads,
     exit: ExitNotice,
     phases: Arc<Phases>,
     console: ConsoleOutput,
     cmdline: String,
     memory_bytes: u64,
+    share: Option<FsHandle>,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
     mem: Option<MemHandle>,

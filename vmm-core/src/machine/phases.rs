@@ -1,6 +1,6 @@
 //! When a machine reached which point of its start.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use crate::vcpu::VcpuGroup;
@@ -10,7 +10,7 @@ use crate::vm::PhaseReached;
 /// reached, with the exits counted until then.
 #[derive(Debug)]
 pub(crate) struct Phases {
-    begin: Instant,
+    begin: Mutex<Instant>,
     vcpus: OnceLock<Weak<VcpuGroup>>,
     reached: Mutex<Vec<PhaseReached>>,
 }
@@ -22,11 +22,13 @@ impl Phases {
     pub(crate) const DEVICES_ATTACHED: &'static str = "devices attached";
     pub(crate) const STATE_RESTORED: &'static str = "state restored";
     pub(crate) const VM_BUILT: &'static str = "vm built";
+    /// Only of a machine that was made before it was known whose it is.
+    pub(crate) const ADOPTED: &'static str = "adopted";
     pub(crate) const KERNEL_ENTERED: &'static str = "kernel entered";
 
     pub(crate) fn begin() -> Self {
         Self {
-            begin: Instant::now(),
+            begin: Mutex::new(Instant::now()),
             vcpus: OnceLock::new(),
             reached: Mutex::new(Vec::new()),
         }
@@ -37,21 +39,28 @@ impl Phases {
         let _ = self.vcpus.set(Arc::downgrade(vcpus));
     }
 
+    /// Counts from now on, for another owner.
+    pub(crate) fn begin_again(&self) {
+        *lock(&self.begin) = Instant::now();
+        lock(&self.reached).clear();
+    }
+
     /// Now, unless it was reached before.
     pub(crate) fn mark_first(&self, name: &'static str) {
-        let since = self.begin.elapsed();
+        let since = lock(&self.begin).elapsed();
         let vcpus = self.vcpus.get().and_then(Weak::upgrade);
         let exits = vcpus.map(|vcpus| vcpus.exits()).unwrap_or_default();
-        let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reached = lock(&self.reached);
         if reached.iter().all(|phase| phase.name != name) {
             reached.push(PhaseReached { name, since, exits });
         }
     }
 
     pub(crate) fn all(&self) -> Vec<PhaseReached> {
-        self.reached
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.reached).clone()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -51,7 +51,7 @@ impl Vm for Machine {
 
     async fn start(&self) -> Result<(), VmError> {
         self.ensure_running()?.vcpus.run();
-        tracing::info!(pod = self.name, "machine started");
+        tracing::info!(pod = self.threads.machine(), "machine started");
         Ok(())
     }
 
@@ -59,7 +59,7 @@ impl Vm for Machine {
         self.exit.report(ExitReason::Stopped);
         if let Some(live) = self.take_live() {
             let torn_down = self.torn_down.clone();
-            let pod = self.name.clone();
+            let pod = self.threads.machine();
             // On a thread of its own, so that it goes on when the deadline has passed or
             // the caller has gone.
             tokio::task::spawn_blocking(move || {

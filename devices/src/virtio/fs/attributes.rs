@@ -20,6 +20,14 @@ const NUMBER_BITS: u32 = 48;
 pub struct Devices(Mutex<HashMap<(u32, u32), u64>>);
 
 impl Devices {
+    /// Forgets all of them.
+    pub fn clear(&self) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     /// The inode number `number` of the device of `stat`, as the guest is to see it: the
     /// same on the first device, with the device's position above it on others.
     pub fn number(&self, stat: &Statx, number: u64) -> u64 {

@@ -1,5 +1,6 @@
 //! What a share is and how it is served.
 
+use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -14,6 +15,15 @@ pub enum ShareRoot {
     Path(PathBuf),
     /// An open directory; `O_PATH` is enough.
     Fd(OwnedFd),
+}
+
+impl fmt::Display for ShareRoot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Fd(_) => f.write_str("(an open directory)"),
+        }
+    }
 }
 
 impl From<PathBuf> for ShareRoot {

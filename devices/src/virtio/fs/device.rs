@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use fuse_backend_rs::api::server::Server;
 use rustix::fs::{Mode, OFlags};
@@ -30,7 +30,7 @@ const MAX_WORKERS: u16 = 64;
 pub struct Fs {
     name: String,
     tag: Tag,
-    root: OwnedFd,
+    handle: FsHandle,
     policy: Policy,
     request_queues: u16,
     workers: u16,
@@ -38,6 +38,48 @@ pub struct Fs {
     /// The session of the driver that has started the device, here or before a snapshot.
     session: Option<Served>,
     active: Option<(Arc<dyn Runner>, Vec<WorkerId>)>,
+}
+
+/// Moves a device's share; clones are handles of the same device.
+#[derive(Clone, Debug)]
+pub struct FsHandle(Arc<Mutex<Root>>);
+
+/// What is shared, and the session that serves it now.
+#[derive(Debug)]
+struct Root {
+    root: OwnedFd,
+    served: Weak<Share>,
+}
+
+impl FsHandle {
+    fn new(root: OwnedFd) -> Self {
+        let served = Weak::new();
+        Self(Arc::new(Mutex::new(Root { root, served })))
+    }
+
+    /// Shares another tree from now on: for a guest that was started before it was known
+    /// what it is to see.
+    ///
+    /// # Errors
+    /// [`FsError::Root`] when the tree cannot be opened, or the guest uses the share already.
+    pub fn move_to(&self, root: &ShareRoot) -> Result<(), FsError> {
+        let opened = open_root(root)?;
+        let mut shared = self.lock();
+        let moved = match shared.served.upgrade() {
+            Some(share) => opened.try_clone().and_then(|root| share.move_to(root)),
+            None => Ok(()),
+        };
+        moved.map_err(|source| FsError::Root {
+            root: root.to_string(),
+            source,
+        })?;
+        shared.root = opened;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Root> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A share, and its codec.
@@ -63,7 +105,7 @@ impl Fs {
         Ok(Self {
             name: config.tag,
             tag,
-            root,
+            handle: FsHandle::new(root),
             policy,
             request_queues: config.request_queues,
             workers: config.workers,
@@ -73,9 +115,17 @@ impl Fs {
         })
     }
 
+    /// For what can change while the device is in use.
+    #[must_use]
+    pub fn handle(&self) -> FsHandle {
+        self.handle.clone()
+    }
+
     /// A share that the guest knows nothing of.
     fn serve(&self) -> io::Result<Served> {
-        let share = Arc::new(Share::new(self.root.try_clone()?, self.policy)?);
+        let mut shared = self.handle.lock();
+        let share = Arc::new(Share::new(shared.root.try_clone()?, self.policy)?);
+        shared.served = Arc::downgrade(&share);
         Ok(Served {
             server: Arc::new(ServerOf(Server::new(Arc::clone(&share)))),
             share,
@@ -134,18 +184,12 @@ fn check_range(field: &'static str, value: u16, max: u16) -> Result<(), FsError>
 /// Opens the root again, so that it is a directory and an `O_PATH` fd for certain.
 fn open_root(root: &ShareRoot) -> Result<OwnedFd, FsError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let (name, opened) = match root {
-        ShareRoot::Path(path) => (
-            path.display().to_string(),
-            rustix::fs::open(path, flags, Mode::empty()),
-        ),
-        ShareRoot::Fd(fd) => (
-            "(an open directory)".to_owned(),
-            rustix::fs::openat(fd, ".", flags, Mode::empty()),
-        ),
+    let opened = match root {
+        ShareRoot::Path(path) => rustix::fs::open(path, flags, Mode::empty()),
+        ShareRoot::Fd(fd) => rustix::fs::openat(fd, ".", flags, Mode::empty()),
     };
     opened.map_err(|source| FsError::Root {
-        root: name,
+        root: root.to_string(),
         source: source.into(),
     })
 }

@@ -243,6 +243,22 @@ impl Inodes {
         }
     }
 
+    /// Makes `root` the root, unless the guest knows other files.
+    ///
+    /// # Errors
+    /// EBUSY when it does; as statx(2).
+    pub fn replace_root(&self, root: OwnedFd) -> io::Result<()> {
+        let stat = stat(root.as_fd())?;
+        let table = &mut *self.write();
+        if table.by_id.len() > 1 {
+            return Err(errno(libc::EBUSY));
+        }
+        let inode = Inode::new(root, &stat);
+        table.by_key = HashMap::from([(inode.key, ROOT_ID)]);
+        table.by_id.insert(ROOT_ID, (Some(Arc::new(inode)), 1));
+        Ok(())
+    }
+
     /// Forgets everything but the root.
     pub fn clear(&self) {
         let table = &mut *self.write();

@@ -60,4 +60,4 @@ mod xattr;
 mod tests;
 
 pub use config::{CachePolicy, FsConfig, FsError, ShareRoot};
-pub use device::Fs;
+pub use device::{Fs, FsHandle};

@@ -82,10 +82,25 @@ impl Share {
             proc_fds: rustix::fs::open("/proc/self/fd", flags, Mode::empty())?,
             writeback: AtomicBool::new(false),
         };
-        // The root's device is the one whose inode numbers stay as they are.
-        let root = share.inodes.get(ROOT_ID)?;
-        share.devices.number(&root.stat()?, 0);
+        share.number_devices()?;
         Ok(share)
+    }
+
+    /// Shares `root` from now on.
+    ///
+    /// # Errors
+    /// EBUSY when the guest knows files of the tree shared until now; as statx(2).
+    pub fn move_to(&self, root: OwnedFd) -> io::Result<()> {
+        self.inodes.replace_root(root)?;
+        self.devices.clear();
+        self.number_devices()
+    }
+
+    /// The root's device is the one whose inode numbers stay as they are.
+    fn number_devices(&self) -> io::Result<()> {
+        let root = self.inodes.get(ROOT_ID)?;
+        self.devices.number(&root.stat()?, 0);
+        Ok(())
     }
 
     pub(super) fn check_writable(&self) -> io::Result<()> {

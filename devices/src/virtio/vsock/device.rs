@@ -14,7 +14,6 @@ use super::muxer::Muxer;
 use super::packet::CID_GUEST_MIN;
 use super::queues::Queues;
 use super::state::VsockState;
-use super::uds::Listener;
 use crate::virtio::{
     ActivateError, Activation, DeviceType, HandlerId, Runner, StateError, VirtioDevice, config,
 };
@@ -59,7 +58,6 @@ impl VsockConfig {
 pub struct Vsock {
     config: VsockConfig,
     host: Arc<Host>,
-    listener: Option<Listener>,
     /// Of the driver that has started the device, here or before a snapshot.
     connections: Option<Arc<Connections>>,
     active: Option<(Arc<dyn Runner>, HandlerId)>,
@@ -82,13 +80,14 @@ impl Vsock {
                 ),
             ));
         }
-        let listener = config.uds_path.as_deref().map(Listener::bind).transpose()?;
         let host = Host::new()?;
+        if let Some(path) = &config.uds_path {
+            host.bind(path)?;
+        }
         let handle = VsockHandle::new(Arc::clone(&host));
         let device = Self {
             config,
             host,
-            listener,
             connections: None,
             active: None,
         };
@@ -119,8 +118,7 @@ impl Vsock {
         };
         connections.keep(false);
         self.connections = Some(Arc::clone(&connections));
-        let listener = self.listener.as_ref().map(Listener::socket).transpose()?;
-        Handler::new(queues, connections, Arc::clone(&self.host), listener)
+        Handler::new(queues, connections, Arc::clone(&self.host))
     }
 
     fn muxer(&self) -> io::Result<Muxer> {
@@ -128,7 +126,6 @@ impl Vsock {
             u64::from(self.config.guest_cid),
             self.config.max_connections,
             Arc::clone(&self.host),
-            self.config.uds_path.clone(),
         )
     }
 

@@ -72,20 +72,27 @@ pub struct Handler {
 }
 
 impl Handler {
-    pub fn new(
-        queues: Queues,
-        connections: Arc<Connections>,
-        host: Arc<Host>,
-        listener: Option<UnixListener>,
-    ) -> io::Result<Self> {
+    pub fn new(queues: Queues, connections: Arc<Connections>, host: Arc<Host>) -> io::Result<Self> {
         Ok(Self {
             queues,
             connections,
             wake: host.wake_event()?,
             host,
-            listener,
+            listener: None,
             failed: false,
         })
+    }
+
+    /// Serves the device's socket, once it has one.
+    fn listen(&mut self, lp: &mut dyn Loop) -> io::Result<()> {
+        if self.listener.is_none()
+            && let Some(socket) = self.host.socket()
+        {
+            let listener = socket.listener()?;
+            lp.watch(listener.as_raw_fd(), LISTENER, READ)?;
+            self.listener = Some(listener);
+        }
+        Ok(())
     }
 
     fn accept(&self, lp: &mut dyn Loop, muxer: &mut Muxer) {
@@ -154,9 +161,7 @@ impl EventHandler for Handler {
             muxer.start(lp);
             lp.watch(muxer.deadlines().fd(), DEADLINE, READ)?;
         }
-        if let Some(listener) = &self.listener {
-            lp.watch(listener.as_raw_fd(), LISTENER, READ)?;
-        }
+        self.listen(lp)?;
         // Requests made before the driver was up, and buffers it has queued already.
         self.host.wake();
         Ok(())
@@ -177,6 +182,9 @@ impl EventHandler for Handler {
             }
             WAKE => {
                 let _ = self.wake.read();
+                if let Err(err) = self.listen(lp) {
+                    tracing::warn!(%err, "the vsock socket is not served");
+                }
                 muxer.serve_host(lp);
             }
             DEADLINE => muxer.expire(lp),

@@ -4,11 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
 use tokio::sync::{mpsc, oneshot};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::uds::Listener;
 
 /// Streams that may wait in one listener before further guests are refused.
 const BACKLOG: usize = 64;
@@ -124,6 +127,17 @@ impl VsockHandle {
         Ok(receiver)
     }
 
+    /// Gives a device that was made without [`super::VsockConfig::uds_path`] its socket.
+    ///
+    /// # Errors
+    /// As bind(2), with `AddrInUse` when the file exists; `AlreadyExists` when the device has
+    /// a socket; `NotConnected` when the device is gone.
+    pub fn bind(&self, path: &Path) -> io::Result<()> {
+        self.host.bind(path)?;
+        self.host.wake();
+        Ok(())
+    }
+
     /// Drops every connection and tells the driver to do the same
     /// (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, virtio 1.2, 5.10.6.7): for a guest that was
     /// cloned or moved, whose connections lead nowhere. Listeners stay on both sides, and
@@ -151,6 +165,8 @@ pub struct Host {
 struct State {
     connects: VecDeque<Connect>,
     cancelled: Vec<u64>,
+    /// Removed with the last who uses it.
+    socket: Option<Arc<Listener>>,
     listeners: HashMap<u32, mpsc::Sender<UnixStream>>,
     /// Ports whose connects are held, and who waits for the first one.
     holds: HashMap<u32, Option<oneshot::Sender<()>>>,
@@ -206,6 +222,30 @@ impl Host {
     /// A handle of the handler's own on the wake-up event.
     pub fn wake_event(&self) -> io::Result<EventFd> {
         self.wake.try_clone()
+    }
+
+    /// Binds the device's socket.
+    ///
+    /// # Errors
+    /// See [`VsockHandle::bind`].
+    pub fn bind(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(gone());
+        }
+        if let Some(socket) = &state.socket {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                format!("the vsock device listens at {}", socket.path().display()),
+            ));
+        }
+        state.socket = Some(Arc::new(Listener::bind(path)?));
+        Ok(())
+    }
+
+    /// The device's socket, if it has one.
+    pub fn socket(&self) -> Option<Arc<Listener>> {
+        self.lock().socket.clone()
     }
 
     /// The next connect to start.

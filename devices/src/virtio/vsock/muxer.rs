@@ -7,7 +7,6 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,8 +49,6 @@ pub struct Muxer {
     guest_cid: u64,
     limit: usize,
     host: Arc<Host>,
-    /// Where sockets named by guest-chosen ports lie.
-    uds_base: Option<PathBuf>,
     entries: HashMap<u64, Entry>,
     by_ports: HashMap<Ports, u64>,
     clients: HashMap<u64, (Client, Instant)>,
@@ -72,17 +69,11 @@ pub struct Muxer {
 
 impl Muxer {
     /// Without connections; at most `limit` of them later.
-    pub fn new(
-        guest_cid: u64,
-        limit: usize,
-        host: Arc<Host>,
-        uds_base: Option<PathBuf>,
-    ) -> io::Result<Self> {
+    pub fn new(guest_cid: u64, limit: usize, host: Arc<Host>) -> io::Result<Self> {
         Ok(Self {
             guest_cid,
             limit,
             host,
-            uds_base,
             entries: HashMap::new(),
             by_ports: HashMap::new(),
             clients: HashMap::new(),
@@ -222,7 +213,7 @@ impl Muxer {
         match offer.ok()? {
             Offer::Taken => ours,
             Offer::Refused => None,
-            Offer::NoListener => uds::connect_to_port(self.uds_base.as_deref()?, port).ok(),
+            Offer::NoListener => uds::connect_to_port(self.host.socket()?.path(), port).ok(),
         }
     }
 

@@ -69,8 +69,13 @@ impl Listener {
         Ok(bound)
     }
 
+    /// Where it is bound.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The socket again, for the event loop.
-    pub fn socket(&self) -> io::Result<UnixListener> {
+    pub fn listener(&self) -> io::Result<UnixListener> {
         self.listener.try_clone()
     }
 }

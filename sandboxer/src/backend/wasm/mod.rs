@@ -22,7 +22,7 @@ use wasm_host::{CacheConfig, Host, HostConfig, WasmError};
 
 use self::agent::WasmPod;
 use self::machine::WasmMachine;
-use super::{Connecting, MachineRequest, SandboxBackend};
+use super::{Built, Connecting, MachineRequest, SandboxBackend};
 use crate::agent::{AgentError, Limits};
 use crate::config;
 
@@ -103,7 +103,7 @@ impl SandboxBackend for WasmBackend {
         true
     }
 
-    async fn build(&self, request: MachineRequest) -> Result<Arc<dyn Vm>, VmError> {
+    async fn build(&self, request: MachineRequest) -> Result<Built, VmError> {
         let id = request.pod.clone();
         let (host, settings) = (self.host.clone(), Arc::clone(&self.settings));
         // Starts a thread, in the pod's namespace.
@@ -115,7 +115,7 @@ impl SandboxBackend for WasmBackend {
         let mut pods = lock(&self.pods);
         pods.retain(|_, pod| pod.strong_count() > 0);
         pods.insert(id, Arc::downgrade(&pod));
-        Ok(Arc::new(WasmMachine::new(pod)))
+        Ok(Arc::new(WasmMachine::new(pod)).into())
     }
 
     fn agent(&self, pod: &str, _vm: &dyn Vm, _limits: Limits) -> Result<Connecting, VmError> {

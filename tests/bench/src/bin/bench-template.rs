@@ -4,6 +4,7 @@
     reason = "a benchmark reports its failures by panicking"
 )]
 
+use std::future::ready;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,9 +18,9 @@ use clap::Parser;
 use harness::ctl::Ctl;
 use harness::daemon::Daemon;
 use nix::sys::resource::{UsageWho, getrusage};
-use sandboxer::agent::{AgentClient, Connected, Limits};
+use sandboxer::agent::{Connected, Limits};
 use sandboxer::backend::vmm::VmmBackend;
-use sandboxer::backend::{MachineRequest, SandboxBackend};
+use sandboxer::backend::{Built, MachineRequest, SandboxBackend};
 use sandboxer::config::{Config, TemplateMode};
 use vmm_core::Host;
 use vmm_core::vm::Vm;
@@ -38,6 +39,7 @@ struct Args {
     containers: usize,
 }
 
+const WARM: &str = "warm clone";
 const OURS: &str = "clone, shells ahead";
 const PLAIN: &str = "clone, no shells";
 const BOOT: &str = "boot";
@@ -51,12 +53,13 @@ async fn main() {
     let host = Host::probe().expect("a usable /dev/kvm");
     let mut report = Report::new("template", &host);
     let scratch = tempfile::tempdir().expect("a scratch folder");
-    for (subject, mode, warm, runs) in [
-        (OURS, TemplateMode::Auto, 2, args.clones),
-        (PLAIN, TemplateMode::Auto, 0, args.clones),
-        (BOOT, TemplateMode::Off, 0, 1),
+    for (subject, mode, warm, shells, runs) in [
+        (WARM, TemplateMode::Auto, 1, 0, args.clones),
+        (OURS, TemplateMode::Auto, 0, 2, args.clones),
+        (PLAIN, TemplateMode::Auto, 0, 0, args.clones),
+        (BOOT, TemplateMode::Off, 0, 0, 1),
     ] {
-        let backend = backend(mode, warm).await;
+        let backend = backend(mode, warm, shells).await;
         serial(&backend, subject, runs, scratch.path(), &mut report).await;
     }
     parallel(&args, scratch.path(), &mut report).await;
@@ -77,10 +80,11 @@ async fn main() {
     );
 }
 
-async fn backend(mode: TemplateMode, warm: usize) -> VmmBackend {
+async fn backend(mode: TemplateMode, warm: usize, shells: usize) -> VmmBackend {
     let mut config = Config::default();
     config.templates.mode = mode;
     config.templates.warm = warm;
+    config.templates.shells = shells;
     let backend = VmmBackend::new(&config).await.expect("a backend");
     if mode == TemplateMode::Auto {
         // The first may take a boot.
@@ -108,7 +112,7 @@ struct Up {
     _connected: Connected,
     /// Until its vCPU was told to run.
     host: Duration,
-    /// Until the agent's first message.
+    /// Until the agent had answered a call.
     agent: Duration,
 }
 
@@ -116,19 +120,24 @@ async fn up(backend: &VmmBackend, dir: &Path, pod: &str) -> Up {
     let dir = dir.join(pod);
     std::fs::create_dir_all(dir.join("share")).expect("a share");
     let begin = Instant::now();
-    let vm = backend.build(request(&dir, pod)).await.expect("a machine");
-    let listener = vm.listen(agent_api::CONTROL_PORT).expect("a listener");
-    vm.start().await.expect("a start");
-    let host = begin.elapsed();
+    let built = backend.build(request(&dir, pod)).await;
+    let Built { vm, met } = built.expect("a machine");
     let limits = Limits {
         boot: LIMIT,
         call: LIMIT,
         connect: LIMIT,
     };
-    let connected = AgentClient::connect(listener, limits)
-        .await
-        .expect("an agent");
-    vm.mark_phase("agent answered");
+    let agent = match met {
+        Some(connected) => Box::pin(ready(Ok(connected))),
+        None => backend.agent(pod, vm.as_ref(), limits).expect("a listener"),
+    };
+    vm.start().await.expect("a start");
+    let host = begin.elapsed();
+    let connected = agent.await.expect("an agent");
+    vm.mark_phase("agent there");
+    // A call that costs the agent nothing, whatever it says.
+    let _ = connected.client.list_pids("none").await;
+    vm.mark_phase("agent answered a call");
     Up {
         vm,
         _connected: connected,
@@ -152,7 +161,14 @@ async fn serial(backend: &VmmBackend, subject: &str, runs: usize, dir: &Path, re
     let (mut host, mut agent, mut faulted) = (Vec::new(), Vec::new(), Vec::new());
     let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
     let mut exits = Vec::new();
+    if subject == WARM {
+        // Has the first one made.
+        down(up(backend, dir, "serial").await, dir, "serial").await;
+    }
     for _ in 0..runs {
+        if subject == WARM {
+            backend.warm_clone_waits().await;
+        }
         let before = faults();
         let up = up(backend, dir, "serial").await;
         faulted.push(faults() - before);
@@ -188,7 +204,7 @@ async fn serial(backend: &VmmBackend, subject: &str, runs: usize, dir: &Path, re
 
 /// Many at once, and what they hold while nothing happens.
 async fn parallel(args: &Args, dir: &Path, report: &mut Report) {
-    let backend = Arc::new(backend(TemplateMode::Auto, args.parallel).await);
+    let backend = Arc::new(backend(TemplateMode::Auto, 0, args.parallel).await);
     let names = ["memfd:template"];
     let me = std::process::id();
     let before = pss(me, &names).expect("own memory");

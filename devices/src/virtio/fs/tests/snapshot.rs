@@ -330,3 +330,30 @@ fn hostile_states_are_refused() {
     restore(&[], &[], u64::MAX).unwrap_err();
     assert_eq!(entry.node, 2);
 }
+
+#[test]
+fn a_share_moves_before_the_guest_uses_it() {
+    let (before, after) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(before.path().join("file"), "before").unwrap();
+    fs::write(after.path().join("file"), "after!").unwrap();
+    let move_to = |client: &Client, root: &Path| {
+        let root = root.to_owned().into();
+        client.driver.device.handle().move_to(&root)
+    };
+    let mut client = Client::unmounted(config(before.path()));
+    let missing = move_to(&client, Path::new("/no/such/folder")).unwrap_err();
+    assert!(missing.to_string().contains("/no/such/folder"), "{missing}");
+    move_to(&client, after.path()).unwrap();
+    client.init();
+    let node = client.lookup(ROOT, "file").unwrap().node;
+    let fh = client.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(client.read(node, fh, 0, 64).unwrap(), b"after!");
+    // Now it knows a file.
+    move_to(&client, before.path()).unwrap_err();
+    assert_eq!(client.read(node, fh, 0, 64).unwrap(), b"after!");
+    // A driver that begins anew finds the tree that was moved to.
+    client.driver.device.reset();
+    client.driver.activate().unwrap();
+    client.init();
+    client.lookup(ROOT, "file").unwrap();
+}

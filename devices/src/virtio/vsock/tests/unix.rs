@@ -53,6 +53,31 @@ fn connect_protocol() {
 }
 
 #[test]
+fn a_socket_can_come_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.vsock");
+    let mut guest = Guest::inactive(VsockConfig::new(GUEST_CID));
+    guest.activate();
+    guest.handle.bind(&path).unwrap();
+    let again = guest.handle.bind(&dir.path().join("other")).unwrap_err();
+    assert_eq!(again.kind(), std::io::ErrorKind::AlreadyExists);
+    let mut stream = blocking(UnixStream::connect(&path).unwrap());
+    stream.write_all(b"CONNECT 7\n").unwrap();
+    assert_eq!(guest.expect(op::REQUEST).dst_port, 7);
+    // The guest's own connects find sockets beside it.
+    let other = UnixListener::bind(dir.path().join("vm.vsock_9")).unwrap();
+    let request = guest.header(op::REQUEST, 9, 4000);
+    guest.send_header(&request, &[]);
+    guest.expect(op::RESPONSE);
+    other.accept().unwrap();
+    let handle = guest.handle.clone();
+    drop(guest);
+    assert!(!path.exists());
+    let gone = handle.bind(&path).unwrap_err();
+    assert_eq!(gone.kind(), std::io::ErrorKind::NotConnected);
+}
+
+#[test]
 fn partial_lines_are_joined() {
     let mut hybrid = hybrid();
     let mut stream = client(&hybrid);
