@@ -12,6 +12,7 @@ mod notify;
 pub mod release;
 pub mod rng;
 mod serve;
+mod shared_memory;
 mod state;
 mod vectors;
 pub mod vsock;
@@ -24,6 +25,7 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::shared_memory::SharedMemory;
 pub use self::state::StateError;
 #[cfg(feature = "fuzzing")]
 pub use self::state::seal as seal_state;
@@ -249,6 +251,12 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Writes config space; what cannot be written is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
+    }
+
+    /// Memory besides the queues, as the device's shared memory region 0 (virtio 1.2, 2.10).
+    /// The machine gives it a place in the guest.
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        None
     }
 
     /// The driver set DRIVER_OK.

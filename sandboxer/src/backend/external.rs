@@ -67,6 +67,9 @@ impl ExternalBackend {
                 (Arc::new(vmm) as _, emulated, false)
             }
         };
+        if config.fs.dax.as_u64() > 0 {
+            warn!("fs.dax has no effect: only in-process VMs have a window onto files");
+        }
         Ok(Self {
             slow: on_host || translated,
             environment: if on_host {

@@ -300,12 +300,13 @@ impl VmmBackend {
     fn device_names(&self) -> String {
         let vm = &self.vm;
         format!(
-            "{DEVICES} net*{} disk*{} balloon={} max_memory={:?} max_vcpus={:?}",
+            "{DEVICES} net*{} disk*{} balloon={} max_memory={:?} max_vcpus={:?} dax={}",
             vm.net_slots,
             vm.disk_slots,
             vm.gives_memory_back(),
             vm.max_memory,
-            vm.max_vcpus
+            vm.max_vcpus,
+            self.fs.dax.as_u64()
         )
     }
 
@@ -361,6 +362,7 @@ fn devices(
     let mut share = FsConfig::new(agent_api::SHARE_TAG, share);
     share.workers = fs.workers;
     share.cache = fs.cache.into();
+    share.dax_bytes = fs.dax.as_u64();
     let share = Fs::new(share).map_err(backend_error)?;
     let mut vsock = VsockConfig::new(GUEST_CID);
     vsock.uds_path = vsock_socket;

@@ -359,6 +359,8 @@ mod tests {
             ("[vm]\nvcpus = 0", "vm.vcpus = 0: "),
             ("[vm]\nmemory = '1MiB'", "vm.memory = "),
             ("[fs]\nworkers = 0", "fs.workers = 0: "),
+            ("[fs]\ndax = '3MiB'", "fs.dax = "),
+            ("[fs]\ndax = '32GiB'", "fs.dax = "),
             ("[templates]\nkeep = 0", "templates.keep = 0: "),
             ("[templates]\nwarm = 1000", "templates.warm = 1000: "),
             ("[templates]\nshells = 257", "templates.shells = 257: "),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
-use devices::virtio::fs::CachePolicy;
+use devices::virtio::fs::{CachePolicy, DAX_BLOCK_BYTES};
 use guest_image::{Cache, GuestError, GuestImage};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
@@ -23,6 +23,9 @@ const MAX_NET_SLOTS: u32 = 8;
 
 /// They share the interrupts that the other devices leave.
 const MAX_DISK_SLOTS: u32 = 16;
+
+/// All pods together have room for 32 GiB at a time.
+const MAX_DAX: ByteSize = ByteSize::gib(16);
 
 /// Environment variable that overrides `vm.kernel`.
 pub(crate) const KERNEL_VAR: &str = "KUASAR_KERNEL";
@@ -320,6 +323,9 @@ pub struct Fs {
     /// What the guest may keep: `never` (the host's changes are seen at once), `auto`
     /// (kept until the file is opened again), `always` (the host must not change files).
     pub cache: FsCache,
+    /// Address space of each pod's guest for files that it then reaches without a copy of
+    /// them, for instance `"256MiB"`; `"0"`: none. In-process VMs only.
+    pub dax: ByteSize,
 }
 
 impl Default for Fs {
@@ -327,21 +333,22 @@ impl Default for Fs {
         Self {
             workers: 2,
             cache: FsCache::Auto,
+            dax: ByteSize::b(0),
         }
     }
 }
 
 impl Fs {
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        if (1..=64).contains(&self.workers) {
-            return Ok(());
+        let wrong = wrong_in(path);
+        if !(1..=64).contains(&self.workers) {
+            return wrong("fs.workers", self.workers.to_string(), "must be 1 to 64");
         }
-        Err(ConfigError::Value {
-            path: path.to_owned(),
-            key: "fs.workers",
-            value: self.workers.to_string(),
-            fix: "must be 1 to 64",
-        })
+        if self.dax > MAX_DAX || !self.dax.as_u64().is_multiple_of(DAX_BLOCK_BYTES) {
+            let fix = "use a multiple of 2MiB, at most 16GiB; \"0\" for none";
+            return wrong("fs.dax", self.dax.to_string(), fix);
+        }
+        Ok(())
     }
 }
 

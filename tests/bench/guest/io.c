@@ -3,6 +3,7 @@
  * emulated longer than the measurement.
  *
  * io SECONDS WORK...   WORK: read|write:PATH:BYTES        blocks at random places, O_DIRECT
+ *                            map:PATH:BYTES               the same, read from a mapping
  *                            send|receive|ping:tcp:ADDRESS:PORT:BYTES
  *                            send|receive|ping:vsock:PORT:BYTES
  *
@@ -19,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <netinet/tcp.h>
 #include <time.h>
@@ -104,7 +106,8 @@ int main(int argc, char **argv) {
 		if (count < 3)
 			return 2;
 		size_t bytes = atol(words[count - 1]);
-		int reads = !strcmp(words[0], "read"), is_file = reads || !strcmp(words[0], "write");
+		int reads = !strcmp(words[0], "read"), maps = !strcmp(words[0], "map");
+		int is_file = reads || maps || !strcmp(words[0], "write");
 		int pings = !strcmp(words[0], "ping"), receives = !strcmp(words[0], "receive");
 		char *buffer;
 		if (posix_memalign((void **)&buffer, 4096, bytes))
@@ -112,13 +115,16 @@ int main(int argc, char **argv) {
 		memset(buffer, 7, bytes);
 		int fd;
 		off_t blocks = 0;
+		char *mapped = 0;
 		if (is_file) {
-			fd = open(words[1], O_RDWR | O_DIRECT);
+			fd = open(words[1], maps ? O_RDONLY : O_RDWR | O_DIRECT);
 			if (fd < 0)
 				fail(words[1]);
 			blocks = lseek(fd, 0, SEEK_END) / bytes;
 			if (blocks < 1)
 				return 2;
+			if (maps && (mapped = mmap(0, blocks * bytes, PROT_READ, MAP_SHARED, fd, 0)) == MAP_FAILED)
+				fail("mmap");
 		} else {
 			fd = connection(words);
 			send_all(fd, pings ? "e" : receives ? "s" : "d", 1);
@@ -128,7 +134,11 @@ int main(int argc, char **argv) {
 		while (last - begun < limit) {
 			if (is_file) {
 				off_t at = random() % blocks * bytes;
-				ssize_t n = reads ? pread(fd, buffer, bytes, at) : pwrite(fd, buffer, bytes, at);
+				ssize_t n = bytes;
+				if (maps)
+					memcpy(buffer, mapped + at, bytes);
+				else
+					n = reads ? pread(fd, buffer, bytes, at) : pwrite(fd, buffer, bytes, at);
 				if (n != (ssize_t)bytes)
 					fail(words[0]);
 			} else {
@@ -150,6 +160,8 @@ int main(int argc, char **argv) {
 				fail("the peer answered");
 			last = now();
 		}
+		if (maps)
+			munmap(mapped, blocks * bytes);
 		close(fd);
 		free(buffer);
 		size_t kept = operations < MOST_SAMPLES ? operations : MOST_SAMPLES;

@@ -12,7 +12,7 @@ use devices::transport::mmio::{MmioState, MmioTransport};
 use devices::virtio::balloon::{Balloon, BalloonConfig};
 use devices::virtio::block::{Block, BlockConfig};
 use devices::virtio::console::Console;
-use devices::virtio::fs::{Fs, FsConfig};
+use devices::virtio::fs::{DAX_BLOCK_BYTES, Fs, FsConfig};
 use devices::virtio::mem::{Mem, MemConfig};
 use devices::virtio::net::{Net, NetConfig};
 use devices::virtio::release::HostPages;
@@ -49,6 +49,7 @@ struct Registers {
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
+    shm_sel: u32,
     queues: Vec<Queue>,
 }
 
@@ -102,6 +103,7 @@ fn device(model: u8, guest: &TestGuest, share: &Path) -> Box<dyn VirtioDevice> {
                 workers: 1,
                 max_inodes: 64,
                 max_handles: 64,
+                dax_bytes: 4 * DAX_BLOCK_BYTES,
                 ..FsConfig::new("share", share.to_owned())
             };
             Box::new(Fs::new(config).unwrap())
@@ -134,8 +136,16 @@ fn in_use(device: &dyn VirtioDevice) -> Option<Vec<u8>> {
                 (5, 1, None),
             ];
             let handles = [(1_u64, 2_u64, 2_u32), (2, 3, 0)];
-            let session = (false, 9_u64, 4_u64, &inodes[..], &handles[..]);
-            postcard::to_stdvec(&("share", false, Some(session)))
+            let mappings = [(0_u64, (2_u64, 0_u64, true)), (3, (5, 1 << 21, false))];
+            let session = (
+                false,
+                9_u64,
+                4_u64,
+                &inodes[..],
+                &handles[..],
+                &mappings[..],
+            );
+            postcard::to_stdvec(&("share", false, 4 * DAX_BLOCK_BYTES, Some(session)))
         }
         _ => return None,
     };
@@ -144,7 +154,10 @@ fn in_use(device: &dyn VirtioDevice) -> Option<Vec<u8>> {
 
 /// A device's state: what one saved with some bytes changed, or anything at all.
 fn state(saved: &[u8], input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
-    let version = or_any(1, input)?;
+    let known = saved
+        .first_chunk()
+        .map_or(1, |bytes| u16::from_le_bytes(*bytes));
+    let version = or_any(known, input)?;
     // An input that has ended says zero: that is to be what is valid, here and below.
     Ok(match input.int_in_range(0..=7)? {
         0 => saved.to_vec(),
@@ -187,7 +200,13 @@ fn stored(
     queues: &[VirtQueueDriver],
     input: &mut Unstructured<'_>,
 ) -> Result<Stored> {
-    let saved = in_use(device).map_or_else(|| device.save().unwrap(), |body| seal_state(1, &body));
+    let version = if device.device_type() == DeviceType::Fs {
+        2
+    } else {
+        1
+    };
+    let used = in_use(device).map(|body| seal_state(version, &body));
+    let saved = used.unwrap_or_else(|| device.save().unwrap());
     let state = state(&saved, input)?;
     let mut registers = Registers {
         // What drivers write on their way, and with it what they do not.
@@ -196,6 +215,7 @@ fn stored(
         driver_features_sel: input.int_in_range(0..=2)?,
         driver_features: device.features(),
         queue_sel: input.int_in_range(0..=4)?,
+        shm_sel: input.int_in_range(0..=1)?,
         queues: Vec::new(),
     };
     registers.status = or_any(registers.status, input)?;

@@ -4,8 +4,11 @@
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use devices::virtio::fs::{Fs, FsConfig};
-use fuzz::{Buffer, Result, Subject, TestGuest, Unstructured, confined, fresh_dir, run};
+use devices::virtio::VirtioDevice;
+use devices::virtio::fs::{DAX_BLOCK_BYTES, Fs, FsConfig};
+use fuzz::{
+    Buffer, RawDescriptor, Result, Subject, TestGuest, Unstructured, confined, fresh_dir, run,
+};
 use libfuzzer_sys::fuzz_target;
 
 /// Names worth trying; requests carry one or two of them.
@@ -25,7 +28,7 @@ const NAMES: [&[u8]; 12] = [
 ];
 
 /// Operations with the size of their fixed part and the number of names after it.
-const OPERATIONS: [(u32, usize, usize); 41] = [
+const OPERATIONS: [(u32, usize, usize); 44] = [
     (1, 0, 1),   // LOOKUP
     (2, 8, 0),   // FORGET
     (3, 16, 0),  // GETATTR
@@ -67,9 +70,15 @@ const OPERATIONS: [(u32, usize, usize); 41] = [
     (45, 16, 2), // RENAME2
     (46, 24, 0), // LSEEK
     (47, 56, 0), // COPY_FILE_RANGE
+    (48, 40, 0), // SETUPMAPPING
+    (49, 20, 0), // REMOVEMAPPING of one part
+    (49, 36, 0), // of two
 ];
 
 const HIPRIO: usize = 0;
+
+/// Where the guest has the window onto files.
+const WINDOW: u64 = 1 << 32;
 
 struct Requests {
     share: PathBuf,
@@ -84,9 +93,12 @@ impl Subject for Requests {
             workers: 1,
             max_inodes: 64,
             max_handles: 64,
+            dax_bytes: 4 * DAX_BLOCK_BYTES,
             ..FsConfig::new("share", self.share.clone())
         };
-        Fs::new(config).unwrap()
+        let device = Fs::new(config).unwrap();
+        device.shared_memory().unwrap().place(WINDOW).unwrap();
+        device
     }
 
     fn chain(&mut self, queue: usize, input: &mut Unstructured<'_>) -> Result<Vec<Buffer>> {
@@ -101,10 +113,11 @@ impl Subject for Requests {
         let mut body = Vec::with_capacity(fixed + 32);
         while body.len() < fixed {
             // Numbers are small, mostly: node ids, handles, flags and sizes.
-            let number: u64 = match input.int_in_range(0..=7)? {
+            let number: u64 = match input.int_in_range(0..=8)? {
                 0..=3 => input.int_in_range(0..=8)?,
                 4 => input.int_in_range(0..=0x2_0000)?,
                 5 => u64::from(input.arbitrary::<u32>()?) << 32 | 0o600,
+                6 => input.int_in_range(0..=5)? * DAX_BLOCK_BYTES,
                 _ => input.arbitrary()?,
             };
             body.extend(number.to_le_bytes());
@@ -119,12 +132,17 @@ impl Subject for Requests {
             body.truncate(len);
         }
         let node = input.int_in_range(0..=6)?;
-        Ok(request(
-            opcode,
-            node,
-            &body,
-            input.int_in_range(0..=0x2000)?,
-        ))
+        let mut buffers = request(opcode, node, &body, input.int_in_range(0..=0x2000)?);
+        if input.ratio(1, 16)? {
+            // Data in the window, where a file is mapped or nothing.
+            buffers.push(Buffer::Raw(RawDescriptor {
+                addr: WINDOW + input.int_in_range(0..=4)? * DAX_BLOCK_BYTES,
+                len: input.int_in_range(0..=0x2000)?,
+                flags: 2,
+                next: 0,
+            }));
+        }
+        Ok(buffers)
     }
 
     fn patience(&self) -> u16 {

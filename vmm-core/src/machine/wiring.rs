@@ -129,6 +129,9 @@ pub(super) fn virtio(
     let rare = [DeviceType::Balloon, DeviceType::Mem];
     let kernel_notifies = !rare.contains(&device.device.device_type());
     let line = irq_line(vm, place.irq)?;
+    if let Some(shared) = device.device.shared_memory() {
+        vm.map_shared(shared, ram.size().devices_start())?;
+    }
     let transport = MmioTransport::new(
         device.device,
         Arc::clone(ram.guest_memory()),

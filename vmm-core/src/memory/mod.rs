@@ -52,6 +52,15 @@ impl RamSize {
             .checked_next_multiple_of(HOTPLUG_ALIGN_BYTES)
             .unwrap_or(u64::MAX)
     }
+
+    /// Where the memory of a device can begin: above all of it.
+    #[must_use]
+    pub fn devices_start(self) -> u64 {
+        self.hotplug_start()
+            .saturating_add(self.hotplug_bytes)
+            .checked_next_multiple_of(DEVICES_ALIGN_BYTES)
+            .unwrap_or(u64::MAX)
+    }
 }
 
 impl From<u64> for RamSize {
@@ -65,6 +74,9 @@ impl From<u64> for RamSize {
 
 /// Linux on x86-64 adds memory in blocks of this many bytes.
 pub const HOTPLUG_ALIGN_BYTES: u64 = 128 << 20;
+
+/// What one entry of a page table's third level covers.
+const DEVICES_ALIGN_BYTES: u64 = 1 << 30;
 
 /// Size of a huge page.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -318,6 +330,8 @@ mod tests {
             let last = ram_regions(size).last().unwrap();
             assert_eq!((last.start, last.bytes), (start, 256 << 20));
             assert_eq!(last.file_offset, boot_bytes);
+            let above = size.devices_start();
+            assert!(above >= start + (256 << 20) && above.is_multiple_of(1 << 30));
         }
     }
 

@@ -7,7 +7,7 @@ use super::{MachineState, Stored};
 
 const MAGIC: [u8; 8] = *b"KUASARVM";
 /// Counts changes of anything in the content.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 20;
 const DIGEST_BYTES: usize = 32;
 /// 32 vCPUs take a tenth of this.

@@ -149,6 +149,10 @@ impl Vcpu {
                 }
                 // A secondary vCPU was woken while it waits for its start-up signal.
                 libc::EAGAIN => Next::Again,
+                libc::EFAULT if self.vm.has_shared() => Next::Failed(format!(
+                    "KVM_RUN: {err}: maybe what the guest has mapped of a file of its share was \
+                     cut off on the host"
+                )),
                 _ => Next::Failed(format!("KVM_RUN: {err}")),
             },
         }

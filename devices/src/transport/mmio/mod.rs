@@ -53,6 +53,20 @@ struct State {
     quiesced: bool,
 }
 
+impl State {
+    /// Length and address of the selected shared memory region: all ones if there is none
+    /// (virtio 1.2, 4.2.2).
+    fn shared_memory(&self) -> (u64, u64) {
+        let region = match self.registers.shm_sel {
+            0 => self.device.shared_memory(),
+            _ => None,
+        };
+        region
+            .and_then(|region| Some((region.bytes(), region.guest_address()?)))
+            .unwrap_or((u64::MAX, u64::MAX))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Registers {
     status: u32,
@@ -60,6 +74,7 @@ struct Registers {
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
+    shm_sel: u32,
     queues: Vec<QueueRegisters>,
 }
 
@@ -71,6 +86,7 @@ impl Registers {
             driver_features_sel: 0,
             driver_features: 0,
             queue_sel: 0,
+            shm_sel: 0,
             queues: queue_sizes
                 .iter()
                 .copied()
@@ -174,11 +190,10 @@ impl MmioTransport {
             reg::INTERRUPT_STATUS => self.interrupt.status(),
             reg::STATUS if self.interrupt.wants_reset() => registers.status | status::NEEDS_RESET,
             reg::STATUS => registers.status,
-            // There are no shared memory regions: length and base read as all ones
-            // (virtio 1.2, 4.2.2).
-            reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
-                u32::MAX
-            }
+            reg::SHM_LEN_LOW => half(state.shared_memory().0, 0),
+            reg::SHM_LEN_HIGH => half(state.shared_memory().0, 1),
+            reg::SHM_BASE_LOW => half(state.shared_memory().1, 0),
+            reg::SHM_BASE_HIGH => half(state.shared_memory().1, 1),
             reg::CONFIG_GENERATION => self.interrupt.generation(),
             // Write-only or reserved.
             _ => 0,
@@ -198,6 +213,7 @@ impl MmioTransport {
             reg::DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
             reg::DRIVER_FEATURES => registers.set_driver_features(value),
             reg::QUEUE_SEL => registers.queue_sel = value,
+            reg::SHM_SEL => registers.shm_sel = value,
             reg::STATUS => self.set_status(&mut state, value),
             _ => {
                 if let Some(queue) = registers.queue_to_set_up() {
@@ -324,11 +340,11 @@ fn set_up_queue(queue: &mut QueueRegisters, offset: u64, value: u32) {
     }
 }
 
-/// 32 of 64 bits; there are no feature bits from 64 on.
-fn half(features: u64, select: u32) -> u32 {
+/// 32 of 64 bits; there are none from 64 on.
+fn half(value: u64, select: u32) -> u32 {
     let bits = match select {
-        0 => features & u64::from(u32::MAX),
-        1 => features >> 32,
+        0 => value & u64::from(u32::MAX),
+        1 => value >> 32,
         _ => 0,
     };
     u32::try_from(bits).unwrap_or(0)

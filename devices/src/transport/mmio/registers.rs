@@ -21,6 +21,7 @@ pub(super) const QUEUE_DRIVER_LOW: u64 = 0x090;
 pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
 pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
 pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+pub(super) const SHM_SEL: u64 = 0x0ac;
 pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
 pub(super) const SHM_LEN_HIGH: u64 = 0x0b4;
 pub(super) const SHM_BASE_LOW: u64 = 0x0b8;

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::testing::{Buffer, PATIENCE, TestGuest, TestRunner, VirtQueueDriver};
+use crate::virtio::fs::{Fs, FsConfig};
 use crate::virtio::rng::Rng;
 
 #[derive(Debug, Default)]
@@ -129,6 +130,44 @@ fn identifies_itself() {
     fixture.write(reg::DEVICE_FEATURES_SEL, 1);
     assert_eq!(fixture.read(reg::DEVICE_FEATURES) & 1, 1, "VERSION_1");
     assert_eq!(fixture.read(reg::SHM_LEN_LOW), u32::MAX);
+}
+
+#[test]
+fn tells_where_memory_of_the_device_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = FsConfig::new("share", dir.path().to_owned());
+    config.dax_bytes = 6 << 30;
+    let device = Fs::new(config).unwrap();
+    let memory = device.shared_memory().unwrap();
+    let runner = TestRunner::start();
+    let guest = TestGuest::new(1 << 20);
+    let line = Arc::new(Wire::default());
+    let transport =
+        MmioTransport::new(Box::new(device), guest.memory(), runner.runner(), line).unwrap();
+    let read = |offset| {
+        let mut data = [0; 4];
+        transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let region = || {
+        let registers = [
+            reg::SHM_LEN_LOW,
+            reg::SHM_LEN_HIGH,
+            reg::SHM_BASE_LOW,
+            reg::SHM_BASE_HIGH,
+        ];
+        registers.map(read)
+    };
+    // Nowhere, so far.
+    assert_eq!(region(), [u32::MAX; 4]);
+    memory.place(0x12_4000_0000).unwrap();
+    assert_eq!(region(), [1 << 31, 1, 0x4000_0000, 0x12]);
+    for other in [1, u32::MAX] {
+        transport.write(reg::SHM_SEL, &other.to_le_bytes());
+        assert_eq!(region(), [u32::MAX; 4]);
+    }
+    transport.reset();
+    assert_eq!(region(), [1 << 31, 1, 0x4000_0000, 0x12]);
 }
 
 #[test]

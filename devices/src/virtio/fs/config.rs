@@ -86,6 +86,10 @@ pub struct FsConfig {
     pub xattr: bool,
     /// Let the guest make block and character devices; whiteouts (0:0) are always allowed.
     pub device_nodes: bool,
+    /// Bytes of address space through which the guest reaches the files themselves, whole
+    /// blocks of [`super::DAX_BLOCK_BYTES`]; zero for none. What of a file its owner cuts off
+    /// on the host while the guest uses it ends the guest's machine.
+    pub dax_bytes: u64,
     /// Files and directories the guest may know at a time; each costs an fd of this
     /// process. More are refused with ENFILE.
     pub max_inodes: usize,
@@ -107,6 +111,7 @@ impl FsConfig {
             writeback: false,
             xattr: true,
             device_nodes: false,
+            dax_bytes: 0,
             max_inodes: 256 * 1024,
             max_handles: 64 * 1024,
         }
@@ -128,6 +133,24 @@ pub enum FsError {
         value: usize,
         /// The largest it can be.
         max: usize,
+    },
+    /// The window cannot be.
+    #[error(
+        "dax_bytes is {bytes}, it must be a multiple of {}",
+        super::DAX_BLOCK_BYTES
+    )]
+    Dax {
+        /// As configured.
+        bytes: u64,
+    },
+    /// There is no address space for the window.
+    #[error("cannot reserve dax_bytes = {bytes}; use less")]
+    NoDax {
+        /// As configured.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// The shared directory cannot be opened.
     #[error("cannot open the shared directory {root}")]

@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use fuse_backend_rs::api::server::Server;
 use rustix::fs::{Mode, OFlags};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -14,9 +13,11 @@ use super::config::{FsConfig, FsError, ShareRoot};
 use super::share::{Policy, Share};
 use super::state::FsState;
 use super::tag::Tag;
-use super::worker::{self, ServerOf, Shared};
+use super::window::{BLOCK_BYTES, Window};
+use super::worker::{self, Served, Shared};
 use crate::virtio::{
-    ActivateError, Activation, DeviceType, Runner, StateError, VirtioDevice, WorkerId, config,
+    ActivateError, Activation, DeviceType, Runner, SharedMemory, StateError, VirtioDevice,
+    WorkerId, config,
 };
 
 /// FORGET and INTERRUPT; Linux sends them singly.
@@ -36,7 +37,8 @@ pub struct Fs {
     workers: u16,
     queue_sizes: Vec<u16>,
     /// The session of the driver that has started the device, here or before a snapshot.
-    session: Option<Served>,
+    session: Option<Arc<Served>>,
+    window: Option<Arc<Window>>,
     active: Option<(Arc<dyn Runner>, Vec<WorkerId>)>,
 }
 
@@ -82,13 +84,6 @@ impl FsHandle {
     }
 }
 
-/// A share, and its codec.
-#[derive(Clone)]
-struct Served {
-    share: Arc<Share>,
-    server: Arc<ServerOf<Arc<Share>>>,
-}
-
 impl Fs {
     /// Makes the device; the shared directory is opened now and served from activation on.
     ///
@@ -99,6 +94,7 @@ impl Fs {
         check_range("request_queues", config.request_queues, MAX_QUEUES)?;
         check_range("workers", config.workers, MAX_WORKERS)?;
         let root = open_root(&config.root)?;
+        let window = open_window(config.dax_bytes)?;
         let policy = Policy::from(&config);
         let mut queue_sizes = vec![HIPRIO_SIZE];
         queue_sizes.extend((0..config.request_queues).map(|_| REQUEST_SIZE));
@@ -111,6 +107,7 @@ impl Fs {
             workers: config.workers,
             queue_sizes,
             session: None,
+            window,
             active: None,
         })
     }
@@ -122,14 +119,12 @@ impl Fs {
     }
 
     /// A share that the guest knows nothing of.
-    fn serve(&self) -> io::Result<Served> {
+    fn serve(&self) -> io::Result<Arc<Served>> {
         let mut shared = self.handle.lock();
-        let share = Arc::new(Share::new(shared.root.try_clone()?, self.policy)?);
-        shared.served = Arc::downgrade(&share);
-        Ok(Served {
-            server: Arc::new(ServerOf(Server::new(Arc::clone(&share)))),
-            share,
-        })
+        let root = shared.root.try_clone()?;
+        let served = Served::new(Share::new(root, self.policy, self.window.clone())?);
+        shared.served = Arc::downgrade(&served.share);
+        Ok(Arc::new(served))
     }
 
     /// Finishes the requests in progress.
@@ -143,16 +138,15 @@ impl Fs {
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         let served = match &self.session {
-            Some(served) => served.clone(),
+            Some(served) => Arc::clone(served),
             None => self.serve()?,
         };
-        let server = Arc::clone(&served.server);
-        self.session = Some(served);
+        self.session = Some(Arc::clone(&served));
         let shared = Arc::new(Shared {
             memory: activation.memory,
             interrupt: activation.interrupt,
             queues: activation.queues.into_iter().map(Mutex::new).collect(),
-            server,
+            served,
         });
         let runner = activation.runner;
         let (_, workers) = self
@@ -168,6 +162,17 @@ impl Fs {
         }
         Ok(())
     }
+}
+
+fn open_window(bytes: u64) -> Result<Option<Arc<Window>>, FsError> {
+    if !bytes.is_multiple_of(BLOCK_BYTES) {
+        return Err(FsError::Dax { bytes });
+    }
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let window = Window::new(bytes).map_err(|source| FsError::NoDax { bytes, source })?;
+    Ok(Some(Arc::new(window)))
 }
 
 fn check_range(field: &'static str, value: u16, max: u16) -> Result<(), FsError> {
@@ -221,6 +226,11 @@ impl VirtioDevice for Fs {
         config::read(&self.tag.config(self.request_queues), offset, data);
     }
 
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        let window = self.window.as_ref()?;
+        Some(Arc::clone(window.memory()))
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.stop();
         let got = activation.queues.len();
@@ -240,6 +250,9 @@ impl VirtioDevice for Fs {
     fn reset(&mut self) {
         self.stop();
         self.session = None;
+        if let Some(window) = &self.window {
+            window.clear();
+        }
     }
 
     /// The session stays: the driver does not mount again.

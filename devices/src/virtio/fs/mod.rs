@@ -23,6 +23,8 @@
 //!   Limits are errors to the guest (ENFILE), never to this process.
 //! * Work that can block happens on the device's own threads, never on the event loop.
 //!   Each has its own umask and group list.
+//! * With [`FsConfig::dax_bytes`] a file's attributes tell the guest to map it instead of
+//!   copying it, by `FUSE_ATTR_DAX` (the mount option `dax=inode`, which is Linux' default).
 //! * Locks (`flock`, `fcntl`) are kept by the guest kernel: they hold among the containers
 //!   of a pod, not against the host.
 //!
@@ -35,6 +37,7 @@
 //! | `inodes`, `handles` | what the guest remembers, what it has open |
 //! | `attributes`, `names`, `listing`, `xattr` | parts of the operations |
 //! | `identity` | acting as a user of the guest |
+//! | `window` | files as memory of the guest (DAX) |
 //! | `device` | [`Fs`]: activation, reset |
 //! | `state`, `session` | what a snapshot keeps: files by path below the root |
 
@@ -53,6 +56,7 @@ mod share;
 mod state;
 mod tag;
 mod thread;
+mod window;
 mod worker;
 mod xattr;
 
@@ -61,3 +65,4 @@ mod tests;
 
 pub use config::{CachePolicy, FsConfig, FsError, ShareRoot};
 pub use device::{Fs, FsHandle};
+pub use window::BLOCK_BYTES as DAX_BLOCK_BYTES;

@@ -50,6 +50,9 @@ impl FileSystem for Share {
                 wanted |= FsOptions::WRITEBACK_CACHE;
             }
         }
+        if self.window.is_some() {
+            wanted |= FsOptions::MAP_ALIGNMENT | FsOptions::PERFILE_DAX;
+        }
         let writeback = (wanted & capable).contains(FsOptions::WRITEBACK_CACHE);
         self.writeback.store(writeback, Ordering::Relaxed);
         Ok(wanted)
@@ -58,6 +61,9 @@ impl FileSystem for Share {
     fn destroy(&self) {
         self.handles.clear();
         self.inodes.clear();
+        if let Some(window) = &self.window {
+            window.clear();
+        }
     }
 
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {

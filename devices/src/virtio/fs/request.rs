@@ -6,6 +6,9 @@
 //! the server as a chain whose descriptors lie there too. What was checked is what is
 //! served. Only bulk data, of which nothing depends, stays in guest memory: the payload
 //! of WRITE and the reply.
+//!
+//! What WRITE sends and READ fetches may also lie in the window onto files, where a guest
+//! has mapped one: it is moved by system calls, which report an address that is gone.
 
 use std::io;
 use std::sync::Arc;
@@ -17,6 +20,8 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
+
+use crate::virtio::SharedMemory;
 
 /// Bytes of a request header, `struct fuse_in_header`.
 pub const IN_HEADER_LEN: usize = 40;
@@ -87,17 +92,21 @@ pub struct Header {
     pub opcode: u32,
     /// Echoed in the reply.
     pub unique: u64,
+    /// The file it is about.
+    pub node: u64,
 }
 
 impl Header {
     fn parse(bytes: &[u8]) -> Option<Self> {
         let (len, rest) = bytes.split_first_chunk()?;
         let (opcode, rest) = rest.split_first_chunk()?;
-        let (unique, _) = rest.split_first_chunk()?;
+        let (unique, rest) = rest.split_first_chunk()?;
+        let (node, _) = rest.split_first_chunk()?;
         Some(Self {
             len: u32::from_le_bytes(*len),
             opcode: u32::from_le_bytes(*opcode),
             unique: u64::from_le_bytes(*unique),
+            node: u64::from_le_bytes(*node),
         })
     }
 
@@ -138,19 +147,24 @@ pub struct Parts {
     writable: Vec<(GuestAddress, usize)>,
     readable_len: usize,
     writable_len: usize,
+    /// Bytes of room before the first that is not in memory but in the window.
+    answerable_len: usize,
 }
 
 impl Parts {
-    /// Takes `chain` apart; on an error, what was found of the writable part remains.
+    /// Takes `chain` apart, whose buffers are in `reach`: in `guest`, or in the window. On an
+    /// error, what was found of the writable part remains.
     fn load(
         &mut self,
         guest: &GuestMemoryMmap<()>,
+        reach: &GuestMemoryMmap<()>,
         chain: impl Iterator<Item = Descriptor>,
     ) -> Result<(), RequestError> {
         self.readable.clear();
         self.writable.clear();
         self.readable_len = 0;
         self.writable_len = 0;
+        self.answerable_len = 0;
         for descriptor in chain {
             let len = usize::try_from(descriptor.len()).map_err(|_| RequestError::TooLarge)?;
             let (slices, total) = if descriptor.is_write_only() {
@@ -164,7 +178,7 @@ impl Parts {
                 return Err(RequestError::TooLarge);
             }
             let mut at = descriptor.addr();
-            for slice in guest.get_slices(at, len) {
+            for slice in reach.get_slices(at, len) {
                 let slice = slice.map_err(|_| RequestError::Address)?;
                 if slices.len() == MAX_SLICES {
                     return Err(RequestError::TooLarge);
@@ -173,6 +187,11 @@ impl Parts {
                 at = at.unchecked_add(slice.len() as u64);
             }
             *total = total.saturating_add(len);
+            if guest.check_range(descriptor.addr(), len)
+                && self.answerable_len.saturating_add(len) == self.writable_len
+            {
+                self.answerable_len = self.writable_len;
+            }
         }
         Ok(())
     }
@@ -182,8 +201,9 @@ impl Parts {
         self.writable_len
     }
 
-    /// Writes a reply that is only an error; returns its length, zero if it has no room.
-    pub fn reply_error(&self, guest: &GuestMemoryMmap<()>, unique: u64, errno: i32) -> usize {
+    /// Writes a reply that is only an error, or zero; returns its length, zero if it has no
+    /// room.
+    pub fn reply_status(&self, guest: &GuestMemoryMmap<()>, unique: u64, errno: i32) -> usize {
         if self.writable_len < OUT_HEADER_LEN {
             return 0;
         }
@@ -196,16 +216,31 @@ impl Parts {
         for (to, from) in reply.iter_mut().zip(fields) {
             *to = from;
         }
-        let mut rest = reply.as_slice();
+        if self.write(guest, 0, &reply) {
+            OUT_HEADER_LEN
+        } else {
+            0
+        }
+    }
+
+    /// Writes `bytes` at `offset` of the reply; false if that is not all in guest memory.
+    pub fn write(&self, guest: &GuestMemoryMmap<()>, offset: usize, bytes: &[u8]) -> bool {
+        let (mut skip, mut rest) = (offset, bytes);
         for &(at, len) in &self.writable {
-            let (head, tail) = rest.split_at(len.min(rest.len()));
-            // Checked when the chain was loaded.
-            if guest.write_slice(head, at).is_err() {
-                return 0;
+            let skipped = skip.min(len);
+            skip = skip.saturating_sub(skipped);
+            let left = len.saturating_sub(skipped);
+            let (head, tail) = rest.split_at(left.min(rest.len()));
+            if !head.is_empty()
+                && guest
+                    .write_slice(head, at.unchecked_add(skipped as u64))
+                    .is_err()
+            {
+                return false;
             }
             rest = tail;
         }
-        OUT_HEADER_LEN
+        rest.is_empty()
     }
 }
 
@@ -213,6 +248,10 @@ impl Parts {
 #[derive(Debug)]
 pub struct Staging {
     memory: GuestMemoryMmap<()>,
+    /// Where buffers may lie.
+    reach: GuestMemoryMmap<()>,
+    /// Kept as long as it is part of them.
+    _window: Option<Arc<SharedMemory>>,
     base: GuestAddress,
     queue: Queue,
     parts: Parts,
@@ -223,19 +262,28 @@ pub struct Staging {
 pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
 
 impl Staging {
-    /// Adds a private range to a view of `guest`, above all of it.
+    /// Adds a private range to a view of `guest` and `window`, above all of them.
     ///
     /// # Errors
     /// When it cannot be mapped.
-    pub fn new(guest: &GuestMemoryMmap<()>) -> io::Result<Self> {
-        let base = guest
+    pub fn new(
+        guest: &GuestMemoryMmap<()>,
+        window: Option<&Arc<SharedMemory>>,
+    ) -> io::Result<Self> {
+        let region = window.map(|window| window.region()).transpose()?.flatten();
+        let reach = match region {
+            Some(region) => guest.insert_region(Arc::new(region)),
+            None => Ok(guest.clone()),
+        };
+        let reach = reach.map_err(io::Error::other)?;
+        let base = reach
             .last_addr()
             .checked_align_up(1 << 30)
             .ok_or_else(|| io::Error::other("guest memory ends at the top of its address space"))?;
         let mapping = MmapRegion::new(PRIVATE_LEN).map_err(io::Error::other)?;
         let region = GuestRegionMmap::new(mapping, base)
             .ok_or_else(|| io::Error::other("no room above guest memory"))?;
-        let memory = guest
+        let memory = reach
             .insert_region(Arc::new(region))
             .map_err(io::Error::other)?;
         let mut queue = Queue::new(RING_SIZE).map_err(io::Error::other)?;
@@ -248,6 +296,8 @@ impl Staging {
         queue.set_ready(true);
         Ok(Self {
             memory,
+            reach,
+            _window: window.cloned(),
             base,
             queue,
             parts: Parts::default(),
@@ -260,6 +310,11 @@ impl Staging {
         &self.parts
     }
 
+    /// What comes behind the header of the last request, but for the data of a WRITE.
+    pub fn body(&self) -> &[u8] {
+        self.copy.get(IN_HEADER_LEN..).unwrap_or_default()
+    }
+
     /// Copies and checks the request in `chain`. The header is returned with an error too,
     /// if there was one.
     pub fn stage(
@@ -270,7 +325,7 @@ impl Staging {
         let mut header = Header::default();
         let result = self
             .parts
-            .load(guest, chain)
+            .load(guest, &self.reach, chain)
             .and_then(|()| self.copy_request(guest, &mut header))
             .and_then(|copied| self.build_chain(copied));
         (header, result)
@@ -297,6 +352,14 @@ impl Staging {
                 return Err(RequestError::TooLarge);
             }
             self.copy_to(guest, total)?;
+        }
+        // Other replies, and the headers of all, are written without a system call.
+        let written = match header.opcode == Opcode::Read as u32 {
+            true => OUT_HEADER_LEN.min(self.parts.writable_len),
+            false => self.parts.writable_len,
+        };
+        if self.parts.answerable_len < written {
+            return Err(RequestError::Address);
         }
         if header.ends_with_name() && self.copy.last() != Some(&0) {
             return Err(RequestError::Name);

@@ -50,12 +50,14 @@ impl Share {
                 flags: rustix::fs::fcntl_getfl(handle.file())?.bits(),
             });
         }
+        let window = self.window.as_ref();
         Ok(Session {
             writeback: self.writeback.load(Ordering::Relaxed),
             next_inode: self.inodes.next(),
             next_handle: self.handles.next(),
             inodes,
             handles,
+            mappings: window.map_or_else(Vec::new, |window| window.all()),
         })
     }
 
@@ -93,6 +95,13 @@ impl Share {
                 self.handles.put(saved.id, saved.inode, file);
             } else {
                 tracing::debug!(inode = saved.inode, "an open file of the share is lost");
+            }
+        }
+        for (at, block) in &session.mappings {
+            if or_none(self.map_again(*at, *block))?.is_none() {
+                // A guest that still uses it will end; most keep what they have read for
+                // when they read it again.
+                tracing::debug!(inode = block.inode, "a mapped file of the share is lost");
             }
         }
         self.inodes.go_on_at(session.next_inode);

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, stat64};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, FUSE_ATTR_DAX, stat64};
 use fuse_backend_rs::api::filesystem::{Context, Entry, OpenOptions, ROOT_ID};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx};
 
@@ -17,6 +17,7 @@ use super::handles::Handles;
 use super::identity::{Acting, ClearsSetId};
 use super::inodes::{Inode, Inodes, stat};
 use super::names::{component, errno};
+use super::window::Window;
 
 /// Of the flags a guest opens with, those that mean something for the host's descriptor.
 /// O_DIRECT is not among them: it would pass the host's alignment rules on to the guest.
@@ -36,6 +37,7 @@ pub struct Policy {
     pub writeback: bool,
     pub xattr: bool,
     pub device_nodes: bool,
+    pub dax_bytes: u64,
     pub max_inodes: usize,
     pub max_handles: usize,
 }
@@ -48,6 +50,7 @@ impl From<&FsConfig> for Policy {
             writeback: config.writeback,
             xattr: config.xattr,
             device_nodes: config.device_nodes,
+            dax_bytes: config.dax_bytes,
             max_inodes: config.max_inodes,
             max_handles: config.max_handles,
         }
@@ -63,16 +66,17 @@ pub struct Share {
     pub(super) devices: Devices,
     /// `/proc/self/fd`: where `O_PATH` descriptors become open files.
     pub(super) proc_fds: OwnedFd,
+    pub(super) window: Option<Arc<Window>>,
     /// The guest collects writes: it agreed to [`FsConfig::writeback`].
     pub(super) writeback: AtomicBool,
 }
 
 impl Share {
-    /// Shares `root`.
+    /// Shares `root`, its files also through `window`.
     ///
     /// # Errors
     /// When `/proc` is not mounted, or the root cannot be examined.
-    pub fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {
+    pub fn new(root: OwnedFd, policy: Policy, window: Option<Arc<Window>>) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let share = Self {
             policy,
@@ -80,6 +84,7 @@ impl Share {
             handles: Handles::new(policy.max_handles),
             devices: Devices::default(),
             proc_fds: rustix::fs::open("/proc/self/fd", flags, Mode::empty())?,
+            window,
             writeback: AtomicBool::new(false),
         };
         share.number_devices()?;
@@ -118,11 +123,13 @@ impl Share {
     pub(super) fn entry(&self, fd: OwnedFd) -> io::Result<Entry> {
         let stat = stat(fd.as_fd())?;
         let timeout = self.policy.cache.timeout();
+        let inode = self.inodes.learn(fd, &stat)?;
+        let direct = self.is_direct(inode);
         Ok(Entry {
-            inode: self.inodes.learn(fd, &stat)?,
+            inode,
             generation: 0,
             attr: self.attr(&stat),
-            attr_flags: 0,
+            attr_flags: if direct { FUSE_ATTR_DAX } else { 0 },
             attr_timeout: timeout,
             entry_timeout: timeout,
         })

@@ -3,10 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::share::Policy;
+use super::window::{BLOCK_BYTES, Block};
 use crate::virtio::{DeviceType, StateError, state};
 
-/// The only version so far.
-const VERSION: u16 = 1;
+/// Version 1 had no window.
+const VERSION: u16 = 2;
 
 /// Numbers are never used up: states say less than this.
 const MAX_NUMBER: u64 = 1 << 62;
@@ -18,6 +19,7 @@ const MAX_PATH_BYTES: usize = 4095;
 pub struct FsState {
     tag: String,
     read_only: bool,
+    dax_bytes: u64,
     /// None before the driver has started.
     pub session: Option<Session>,
 }
@@ -35,6 +37,8 @@ pub struct Session {
     pub inodes: Vec<SavedInode>,
     /// By number.
     pub handles: Vec<SavedHandle>,
+    /// What is in the window, by position.
+    pub mappings: Vec<(u64, Block)>,
 }
 
 /// A file that the guest knows.
@@ -71,6 +75,7 @@ impl FsState {
         Self {
             tag: tag.to_owned(),
             read_only: policy.read_only,
+            dax_bytes: policy.dax_bytes,
             session,
         }
     }
@@ -89,6 +94,12 @@ impl FsState {
         if state.read_only != policy.read_only {
             return mismatch("read_only".to_owned());
         }
+        if state.dax_bytes != policy.dax_bytes {
+            return mismatch(format!(
+                "dax_bytes = {}, here {}",
+                state.dax_bytes, policy.dax_bytes
+            ));
+        }
         if let Some(session) = &state.session {
             if session.writeback && !policy.writeback {
                 return mismatch("writeback".to_owned());
@@ -105,6 +116,10 @@ impl Session {
     fn check(&self, policy: &Policy) -> Result<(), &'static str> {
         if self.inodes.len() > policy.max_inodes || self.handles.len() > policy.max_handles {
             return Err("more files than this share allows");
+        }
+        let blocks = policy.dax_bytes.checked_div(BLOCK_BYTES).unwrap_or(0);
+        if self.mappings.len() as u64 > blocks {
+            return Err("more mappings than the window has room for");
         }
         let inodes = self.inodes.iter().map(|inode| inode.id);
         // The root has the first number.

@@ -6,3 +6,4 @@ mod hostile;
 mod operations;
 mod ownership;
 mod snapshot;
+mod window;

@@ -4,8 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use fuse_backend_rs::abi::fuse_abi::Opcode;
-use fuse_backend_rs::api::filesystem::FileSystem;
+use fuse_backend_rs::abi::fuse_abi::{FUSE_ATTR_DAX, Opcode};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -13,7 +12,9 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::request::{Header, OUT_HEADER_LEN, Staging};
+use super::share::Share;
 use super::thread;
+use super::window::BLOCK_SHIFT;
 use crate::virtio::notify;
 use crate::virtio::{ActiveQueue, GuestMemory, Interrupt, StopToken};
 
@@ -21,31 +22,48 @@ const STOP: u64 = u64::MAX;
 
 /// What the workers of one activation share.
 #[derive(Debug)]
-pub struct Shared<F: FileSystem + Sync> {
+pub struct Shared {
     pub memory: GuestMemory,
     pub interrupt: Arc<dyn Interrupt>,
     pub queues: Vec<Mutex<ActiveQueue>>,
-    pub server: Arc<ServerOf<F>>,
+    pub served: Arc<Served>,
 }
 
-/// A FUSE server that can be printed.
-pub struct ServerOf<F: FileSystem + Sync>(pub Server<F>);
+/// A share, and its codec.
+pub struct Served {
+    pub share: Arc<Share>,
+    server: Server<Arc<Share>>,
+}
 
-impl<F: FileSystem + Sync> std::fmt::Debug for ServerOf<F> {
+impl Served {
+    /// Serves `share`.
+    pub fn new(share: Share) -> Self {
+        let share = Arc::new(share);
+        Self {
+            server: Server::new(Arc::clone(&share)),
+            share,
+        }
+    }
+}
+
+impl std::fmt::Debug for Served {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Server")
+        f.debug_struct("Served")
+            .field("share", &self.share)
+            .finish_non_exhaustive()
     }
 }
 
 /// Serves until `stop` is signalled.
-pub fn run<F: FileSystem + Sync>(shared: &Shared<F>, stop: &StopToken) {
+pub fn run(shared: &Shared, stop: &StopToken) {
     if let Err(err) = thread::prepare().and_then(|()| serve(shared, stop)) {
         shared.interrupt.needs_reset(&format!("fs: {err}"));
     }
 }
 
-fn serve<F: FileSystem + Sync>(shared: &Shared<F>, stop: &StopToken) -> io::Result<()> {
-    let mut staging = Staging::new(&shared.memory)?;
+fn serve(shared: &Shared, stop: &StopToken) -> io::Result<()> {
+    let window = shared.served.share.window_memory();
+    let mut staging = Staging::new(&shared.memory, window)?;
     let epoll = Epoll::new()?;
     let watch =
         |fd, events, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, token));
@@ -79,11 +97,7 @@ fn serve<F: FileSystem + Sync>(shared: &Shared<F>, stop: &StopToken) -> io::Resu
 }
 
 /// Serves one queue until it is empty. The lock is not held while a request runs.
-fn drain<F: FileSystem + Sync>(
-    shared: &Shared<F>,
-    queue: &Mutex<ActiveQueue>,
-    staging: &mut Staging,
-) -> io::Result<()> {
+fn drain(shared: &Shared, queue: &Mutex<ActiveQueue>, staging: &mut Staging) -> io::Result<()> {
     let guest: &GuestMemoryMmap<()> = &shared.memory;
     loop {
         let (head, header, staged) = {
@@ -108,10 +122,10 @@ fn drain<F: FileSystem + Sync>(
             (head, header, staged)
         };
         let written = match staged {
-            Ok(()) => answer(&shared.server.0, staging, guest, &header),
+            Ok(()) => answer(&shared.served, staging, guest, &header),
             Err(err) => staging
                 .parts()
-                .reply_error(guest, header.unique, err.errno()),
+                .reply_status(guest, header.unique, err.errno()),
         };
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         let mut active = lock(queue);
@@ -124,13 +138,17 @@ fn drain<F: FileSystem + Sync>(
 }
 
 /// Serves the staged request; returns the length of the reply.
-fn answer<F: FileSystem + Sync>(
-    server: &Server<F>,
+fn answer(
+    served: &Served,
     staging: &mut Staging,
     guest: &GuestMemoryMmap<()>,
     header: &Header,
 ) -> usize {
-    // The window for direct access is not offered, so neither are its operations.
+    let Served { share, server } = served;
+    if let Some(done) = share.serve_window(header.opcode, header.node, staging.body()) {
+        let status = done.map_or_else(|err| err.raw_os_error().unwrap_or(libc::EIO), |()| 0);
+        return staging.parts().reply_status(guest, header.unique, status);
+    }
     let unknown = [Opcode::SetupMapping as u32, Opcode::RemoveMapping as u32];
     let result = if unknown.contains(&header.opcode) {
         Err(libc::ENOSYS)
@@ -142,15 +160,44 @@ fn answer<F: FileSystem + Sync>(
         Ok(0) if header.opcode == Opcode::Destroy as u32 => {
             OUT_HEADER_LEN.min(staging.parts().writable_len())
         }
-        Ok(written) => written,
+        Ok(written) => {
+            complete(share, staging, guest, header, written);
+            written
+        }
         Err(errno) if header.wants_reply() => {
-            staging.parts().reply_error(guest, header.unique, errno)
+            staging.parts().reply_status(guest, header.unique, errno)
         }
         Err(_) => 0,
     }
 }
 
-fn dispatch<F: FileSystem + Sync>(server: &Server<F>, staging: &mut Staging) -> Option<usize> {
+/// Adds to a reply what the server has no way to say: how the window is divided
+/// (`fuse_init_out.map_alignment`), and that a file is for the window
+/// (`fuse_attr_out.attr.flags`).
+fn complete(
+    share: &Share,
+    staging: &Staging,
+    guest: &GuestMemoryMmap<()>,
+    header: &Header,
+    written: usize,
+) {
+    const MAP_ALIGNMENT: usize = OUT_HEADER_LEN + 30;
+    const ATTR_FLAGS: usize = OUT_HEADER_LEN + 16 + 84;
+    let attributes = [Opcode::Getattr as u32, Opcode::Setattr as u32];
+    let parts = staging.parts();
+    if attributes.contains(&header.opcode) {
+        if written >= ATTR_FLAGS + 4 && share.is_direct(header.node) {
+            parts.write(guest, ATTR_FLAGS, &FUSE_ATTR_DAX.to_le_bytes());
+        }
+    } else if header.opcode == Opcode::Init as u32
+        && written >= MAP_ALIGNMENT + 2
+        && share.window_memory().is_some()
+    {
+        parts.write(guest, MAP_ALIGNMENT, &BLOCK_SHIFT.to_le_bytes());
+    }
+}
+
+fn dispatch(server: &Server<Arc<Share>>, staging: &mut Staging) -> Option<usize> {
     let chain = staging.chain()?;
     let memory: &GuestMemoryMmap<()> = chain.memory();
     let reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;

@@ -167,7 +167,7 @@ fn in_vain(translation: &mut Translation, qemu: &Qemu) {
         (
             qemu.virtiofs_cache_size > 0,
             "virtiofs_cache_size",
-            "there is no DAX window",
+            "only in-process VMs have a DAX window",
         ),
         (
             is(&qemu.block_device_driver, "VirtioScsi"),

@@ -11,7 +11,7 @@
 //! | `0xe_0000` | ACPI tables, reserved |
 //! | `0x10_0000` | kernel, initramfs at the end of RAM below the hole |
 //! | `0xc000_0000` | hole: devices, IOAPIC, LAPIC, KVM's pages |
-//! | `0x1_0000_0000` | the rest of RAM |
+//! | `0x1_0000_0000` | the rest of RAM, what can be plugged in, the window onto files |
 
 /// Global descriptor table.
 pub(crate) const GDT: u64 = 0x500;

@@ -1,10 +1,12 @@
 //! How machines end.
 
+use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use devices::virtio::{
-    ActivateError, Activation, DeviceType, EventHandler, Interest, Loop, Ready, VirtioDevice,
+    ActivateError, Activation, DeviceType, EventHandler, Interest, Loop, Ready, SharedMemory,
+    VirtioDevice,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -305,5 +307,75 @@ fn a_forbidden_system_call_ends_its_machine_only() {
         );
         assert_eq!(*other.exited().borrow(), None);
         other.stop(PATIENCE).await.unwrap();
+    });
+}
+
+/// A device with memory of its own.
+#[derive(Debug)]
+struct Windowed(Arc<SharedMemory>);
+
+impl VirtioDevice for Windowed {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Fs
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        Some(Arc::clone(&self.0))
+    }
+
+    fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+}
+
+/// A machine that runs `code` with `file` in its window.
+fn with_file(host: &Host, name: &str, code: &Code, file: &std::fs::File) -> Machine {
+    let window = SharedMemory::reserve(2 << 20).unwrap();
+    window.map(0, 2 << 20, file, 0, true).unwrap();
+    machine_with(host, name, code, |mut config| {
+        let device = Box::new(Windowed(Arc::new(window)));
+        config.devices = config.devices.with_device("window", device);
+        config
+    })
+}
+
+#[test]
+fn a_guest_uses_a_file_through_a_window_until_it_is_cut_off() {
+    let Some(host) = host() else { return };
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(b"virtio").unwrap();
+    let code = Code::new().map_window().load(0).print_eax();
+    let code = code.store(2, u32::from_le_bytes(*b"NDOW")).reset();
+    let machine = with_file(&host, "window", &code, &file);
+    runtime().block_on(async {
+        assert_eq!(run(&machine).await, ExitReason::GuestReset);
+    });
+    assert_eq!(machine.console_tail().unwrap(), "virt");
+    let mut text = String::new();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "viNDOW");
+
+    let code = Code::new().map_window().load(0).print("on").reset();
+    let machine = with_file(&host, "cut-off", &code, &file);
+    file.set_len(0).unwrap();
+    runtime().block_on(async {
+        let reason = run(&machine).await;
+        // Where KVM emulates the instruction, it takes the address for a device's.
+        let emulated = host.emulated_ring0() && reason == ExitReason::GuestReset;
+        let ended = matches!(&reason, ExitReason::Kvm(what) if what.contains("cut off"));
+        assert!(ended || emulated, "{reason}");
     });
 }

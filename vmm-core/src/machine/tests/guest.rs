@@ -121,6 +121,17 @@ impl Code {
             .base(FIRST_DEVICE)
     }
 
+    /// Maps the 2 MiB at 4 GiB behind the machine's own 1 GiB, and points EBX there.
+    pub fn map_window(self) -> Self {
+        self.base(0xa000)
+            .store(8, 0xc003)
+            .store(8 + 4, 0)
+            .base(0xc000)
+            .store(0, 0x83)
+            .store(4, 1)
+            .base(1 << 30)
+    }
+
     /// Brings up the first device as a driver without queues (virtio 1.2, 3.1.1).
     pub fn drive_device(self) -> Self {
         self.store(0x70, 1)

@@ -17,7 +17,7 @@ fn errno_of(data: &[u8]) -> i32 {
 fn unknown_operations_are_not_implemented() {
     let dir = tempfile::tempdir().unwrap();
     let mut client = Client::new(dir.path());
-    for opcode in [7, 51, 1000, u32::MAX, op::SETUPMAPPING, 49] {
+    for opcode in [7, 51, 1000, u32::MAX, op::SETUPMAPPING, op::REMOVEMAPPING] {
         let reply = client.call(opcode, ROOT, fields().u64(0).u64(0), 64);
         assert_eq!(reply, Err(libc::ENOSYS), "opcode {opcode}");
     }

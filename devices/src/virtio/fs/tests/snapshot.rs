@@ -282,11 +282,12 @@ fn hostile_states_are_refused() {
 
     type Inode<'a> = (u64, u64, Option<(&'a [u8], u32)>);
     let restore = |inodes: &[Inode<'_>], handles: &[(u64, u64, u32)], next: u64| {
-        let session = (false, next, next, inodes, handles);
-        let body = postcard::to_stdvec(&("share", false, Some(session))).unwrap();
+        let nothing_mapped = [(); 0];
+        let session = (false, next, next, inodes, handles, &nothing_mapped[..]);
+        let body = postcard::to_stdvec(&("share", false, 0_u64, Some(session))).unwrap();
         let mut device = fresh();
         device
-            .restore(&state_tests::seal(1, &body))
+            .restore(&state_tests::seal(2, &body))
             .map(|()| device)
     };
     restore(&[(2, 1, Some((b"f", libc::S_IFREG)))], &[(1, 2, 2)], 7).unwrap();
