@@ -128,7 +128,7 @@ fn files_of_the_share_are_memory_of_the_guest() {
     let built = compile(READER, &data.join("reader"));
     let rootfs = world.rootfs.to_str().unwrap().to_owned();
     fs::copy(world.rootfs.join("bin/busybox"), data.join("busybox")).unwrap();
-    let mut content: Vec<u8> = (0..3 * MIB).map(|i| (i * 31 >> 3) as u8).collect();
+    let mut content: Vec<u8> = (0..3 * MIB).map(|i| ((i * 31) >> 3) as u8).collect();
     fs::write(data.join("file"), &content).unwrap();
     let volume = format!("{}:/data", data.display());
     let run = |name: &str| {
