@@ -14,7 +14,8 @@ fn limited(config: &mut v1::ContainerConfig) -> &mut v1::LinuxContainerResources
 
 pub(super) fn out_of_memory(suite: &Suite) -> Outcome {
     let mut config = suite.container("hungry", "exec tail /dev/zero");
-    limited(&mut config).memory_limit_in_bytes = 16 << 20;
+    // Few pages: an emulated guest kernel takes ten milliseconds for each.
+    limited(&mut config).memory_limit_in_bytes = 8 << 20;
     let id = suite.pod().run_of(config);
     let ended = suite.kubelet.exited(&id);
     assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
