@@ -107,11 +107,11 @@ bench-io: build guest ## Disk, share, network and vsock in pods of each backend;
 	$(STEP) "I/O benchmark" -- $(CARGO) run --release -p bench --bin bench-io
 
 .PHONY: test-external
-test-external: agent ## The end-to-end tests in VMs of HV=qemu|cloud-hypervisor, its program BIN=/path
+test-external: agent ## The end-to-end tests in VMs of HV=qemu|cloud-hypervisor|stratovirt, its program BIN=/path
 	$(STEP) "build everything" -- $(CARGO) build --workspace --all-targets
 	$(MAKE) --no-print-directory guest PROFILE=debug
 	$(STEP) "end-to-end tests" -- env BACKEND=$(or $(HV),qemu) $(if $(BIN),KUASAR_HYPERVISOR_PATH='$(BIN)') \
-		TESTS='$(EXTERNAL_TESTS) external' $(TEST) --tests
+		TESTS='$(EXTERNAL_TESTS) external stratovirt' $(TEST) --tests
 
 .PHONY: install
 install: setup build shim guest ## Install below DESTDIR (empty) and PREFIX (/usr/local): programs, guest, unit, manual

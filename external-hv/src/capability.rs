@@ -69,15 +69,21 @@ pub enum Backend {
     QemuMicrovm,
     /// Cloud Hypervisor.
     CloudHypervisor,
+    /// StratoVirt with a board that has PCI.
+    StratoVirt,
+    /// StratoVirt's microvm board.
+    StratoVirtMicrovm,
 }
 
 impl Backend {
     /// All, in the order of the table.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 6] = [
         Self::InProcess,
         Self::Qemu,
         Self::QemuMicrovm,
         Self::CloudHypervisor,
+        Self::StratoVirt,
+        Self::StratoVirtMicrovm,
     ];
 
     fn name(self) -> &'static str {
@@ -86,6 +92,8 @@ impl Backend {
             Self::Qemu => "QEMU (q35, pc, virt)",
             Self::QemuMicrovm => "QEMU (microvm)",
             Self::CloudHypervisor => "Cloud Hypervisor",
+            Self::StratoVirt => "StratoVirt (q35)",
+            Self::StratoVirtMicrovm => "StratoVirt (microvm)",
         }
     }
 
@@ -104,6 +112,12 @@ impl Backend {
                 )
             }
             Self::CloudHypervisor => !matches!(what, C::Snapshot | C::Template | C::WithoutKvm),
+            // Nothing tells when its virtio-mem has grown.
+            Self::StratoVirt => !matches!(
+                what,
+                C::Snapshot | C::Template | C::MemoryHotplug | C::WithoutKvm
+            ),
+            Self::StratoVirtMicrovm => matches!(what, C::Pause | C::Network | C::OutliveDaemon),
         }
     }
 }

@@ -45,6 +45,8 @@ pub struct MachineSpec {
     pub disk_slots: u32,
     /// Whether free memory of the guest goes back to the host.
     pub balloon: bool,
+    /// Host port that the guest's agent dials.
+    pub control_port: u32,
     /// What its vCPUs and memory can grow to; at least those at boot.
     pub most: VmSize,
     /// Longest wait for one answer of the VMM, or for its first.
@@ -135,8 +137,20 @@ pub struct Launch {
     pub listens: Vec<Listen>,
     /// Cards to plug in before the guest runs.
     pub nics: Vec<Nic>,
-    /// Whether our vsock device serves it, rather than one of its own.
-    pub our_vsock: bool,
+    /// What the guest's vsock is.
+    pub vsock: GuestVsock,
+}
+
+/// What a guest's vsock is. All have the same Unix sockets; [`crate::vsock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestVsock {
+    /// Our device, over vhost-user.
+    Ours,
+    /// One of the VMM's that has such sockets itself.
+    Vmms,
+    /// The host kernel's, where the guest has this address. The supervisor makes its ports
+    /// into such sockets.
+    Kernels(u32),
 }
 
 /// A VMM to connect to.
@@ -247,6 +261,18 @@ pub enum HvError {
     /// The supervisor could not start.
     #[error("cannot start the VM's supervisor: {0}")]
     Supervisor(String),
+    /// A device of the host cannot be used.
+    #[error("{vmm} needs {}: {source}; {fix}", path.display())]
+    HostDevice {
+        /// Who needs it.
+        vmm: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// What to do.
+        fix: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The API socket does not answer.
     #[error("{vmm} did not {what} within {limit:?}")]
     Silent {

@@ -7,6 +7,7 @@
 //! | [`hypervisor`] | what an adapter has to provide |
 //! | [`cloud_hypervisor`] | Cloud Hypervisor, by its REST API |
 //! | [`qemu`] | QEMU, by command line and QMP |
+//! | [`stratovirt`] | StratoVirt, by command line and QMP |
 //! | [`supervisor`] | the process beside each VMM: our devices over vhost-user, console, exit |
 //! | [`vsock`] | host and guest ports as Unix sockets |
 //! | [`process`] | which process is whose, also after a restart |
@@ -14,14 +15,17 @@
 //! Every VM has one supervisor process, parent of its VMM: what a VMM can do to the process
 //! that maps its memory it does to its own supervisor, and both outlive the daemon.
 
+mod args;
 pub mod capability;
 pub mod cloud_hypervisor;
+mod dial;
 pub mod hypervisor;
 pub mod machine;
 pub mod process;
 pub mod qemu;
 mod qmp;
 mod rights;
+pub mod stratovirt;
 pub mod supervisor;
 mod told;
 pub mod vsock;

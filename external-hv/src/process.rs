@@ -49,6 +49,16 @@ impl ProcessId {
     }
 }
 
+/// Threads of a process by the beginning of their names.
+pub(crate) fn threads_named(pid: u32, prefix: &str) -> Vec<i32> {
+    let pid = i32::try_from(pid).unwrap_or(0);
+    let tasks = procfs::process::Process::new(pid).and_then(|process| process.tasks());
+    let tasks = tasks.into_iter().flatten().flatten();
+    let is_one =
+        |task: &procfs::process::Task| task.stat().is_ok_and(|stat| stat.comm.starts_with(prefix));
+    tasks.filter(is_one).map(|task| task.tid).collect()
+}
+
 /// A process held by a pidfd.
 #[derive(Debug)]
 pub struct Process {

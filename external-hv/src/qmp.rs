@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use crate::dial::dial;
 use crate::hypervisor::HvError;
 use crate::rights;
 
@@ -30,8 +31,8 @@ pub type Event<'a> = (&'a str, &'a Value);
 pub struct Qmp {
     vmm: &'static str,
     inner: Arc<Inner>,
-    /// One command is written at a time.
-    writing: tokio::sync::Mutex<u64>,
+    /// One command at a time: StratoVirt takes what it reads at once for one.
+    turn: tokio::sync::Mutex<u64>,
     limit: Duration,
     reader: AbortHandle,
 }
@@ -43,7 +44,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Pending {
-    answers: HashMap<u64, oneshot::Sender<Result<Value, String>>>,
+    answers: HashMap<String, oneshot::Sender<Result<Value, String>>>,
     /// Why the session ended.
     ended: Option<String>,
 }
@@ -76,7 +77,7 @@ impl Qmp {
             why: err.to_string(),
         };
         let greet = async {
-            let stream = UnixStream::connect(path).await?;
+            let stream = dial(path).await?;
             let mut lines = Lines::default();
             let greeting = lines.next(&stream).await?;
             if greeting.get("QMP").is_none() {
@@ -96,7 +97,7 @@ impl Qmp {
         let qmp = Self {
             vmm,
             inner,
-            writing: tokio::sync::Mutex::new(0),
+            turn: tokio::sync::Mutex::new(0),
             limit,
             reader: tokio::spawn(reading).abort_handle(),
         };
@@ -123,17 +124,15 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, HvError> {
         let work = async {
-            let answer = {
-                let mut last = self.writing.lock().await;
-                *last = last.wrapping_add(1);
-                let id = *last;
-                let answer = self.expect(id)?;
-                let message = json!({"execute": command, "arguments": arguments, "id": id});
-                let mut line = message.to_string().into_bytes();
-                line.push(b'\n');
-                self.write(&line, fd).await.map_err(|err| err.to_string())?;
-                answer
-            };
+            let mut last = self.turn.lock().await;
+            *last = last.wrapping_add(1);
+            // A string: StratoVirt knows no other ids.
+            let id = last.to_string();
+            let answer = self.expect(&id)?;
+            let message = json!({"execute": command, "arguments": arguments, "id": id});
+            let mut line = message.to_string().into_bytes();
+            line.push(b'\n');
+            self.write(&line, fd).await.map_err(|err| err.to_string())?;
             match answer.await {
                 Ok(answer) => answer,
                 Err(_) => Err(self.ended()),
@@ -153,7 +152,7 @@ impl Qmp {
             })
     }
 
-    fn expect(&self, id: u64) -> Result<oneshot::Receiver<Result<Value, String>>, String> {
+    fn expect(&self, id: &str) -> Result<oneshot::Receiver<Result<Value, String>>, String> {
         let mut pending = lock(&self.inner.pending);
         if let Some(why) = &pending.ended {
             return Err(why.clone());
@@ -161,7 +160,7 @@ impl Qmp {
         // Whoever gave up waiting.
         pending.answers.retain(|_, answer| !answer.is_closed());
         let (sender, receiver) = oneshot::channel();
-        pending.answers.insert(id, sender);
+        pending.answers.insert(id.to_owned(), sender);
         Ok(receiver)
     }
 
@@ -206,8 +205,8 @@ async fn read(vmm: &'static str, inner: Arc<Inner>, mut lines: Lines, events: im
             events((event, message.get("data").unwrap_or(&Value::Null)));
             continue;
         }
-        let id = message.get("id").and_then(Value::as_u64);
-        let answer = id.and_then(|id| lock(&inner.pending).answers.remove(&id));
+        let id = message.get("id").and_then(Value::as_str);
+        let answer = id.and_then(|id| lock(&inner.pending).answers.remove(id));
         let Some(answer) = answer else {
             tracing::debug!(vmm, %message, "an answer that nobody waits for");
             continue;

@@ -32,3 +32,34 @@ pub(crate) fn try_send(
         )?)
     })
 }
+
+/// Adds what comes next to `bytes` and `fds`; 0 when the peer has hung up.
+#[cfg(test)]
+pub(crate) async fn receive(
+    stream: &UnixStream,
+    bytes: &mut Vec<u8>,
+    fds: &mut Vec<std::os::fd::OwnedFd>,
+) -> io::Result<usize> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut piece = [0; 4096];
+    let mut receive = || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [io::IoSliceMut::new(&mut piece)];
+        let n = recvmsg(stream, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(more) = message {
+                fds.extend(more);
+            }
+        }
+        bytes.extend_from_slice(&piece[..n]);
+        Ok(n)
+    };
+    loop {
+        stream.readable().await?;
+        match stream.try_io(Interest::READABLE, &mut receive) {
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+            done => return done,
+        }
+    }
+}

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,8 +17,8 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use vmm_core::vm::{ExitReason, GuestListener, GuestStream, VmError};
 
-/// "OK 4294967295\n" has 14 bytes.
-const MAX_ANSWER: usize = 32;
+/// "CONNECT 4294967295\n" has 19 bytes.
+const MAX_LINE: usize = 32;
 
 /// Connects to a port of the guest through the device's socket.
 ///
@@ -42,29 +44,35 @@ async fn handshake(socket: &Path, port: u32) -> io::Result<Option<UnixStream>> {
     let mut stream = UnixStream::connect(socket).await?;
     let request = format!("CONNECT {port}\n");
     stream.write_all(request.as_bytes()).await?;
-    let mut answer = Vec::with_capacity(MAX_ANSWER);
-    // Not a byte further than the line: what follows is the guest's.
-    loop {
-        let byte = match stream.read_u8().await {
-            Ok(byte) => byte,
-            Err(err) if is_hang_up(&err) => return Ok(None),
-            Err(err) => return Err(err),
-        };
-        if byte == b'\n' {
-            break;
-        }
-        answer.push(byte);
-        if answer.len() >= MAX_ANSWER {
-            break;
+    match line(&mut stream).await {
+        Ok(answer) if answer.starts_with(b"OK ") => Ok(Some(stream)),
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the vsock device does not answer as it should",
+        )),
+        Err(err) if is_hang_up(&err) => Ok(None),
+        Err(err) => Err(err),
+    }
+}
+
+/// The guest port that a client of a device's socket asks for.
+pub(crate) async fn requested(client: &mut UnixStream) -> io::Result<u32> {
+    let line = line(client).await?;
+    let port = std::str::from_utf8(&line).ok();
+    let port = port.and_then(|line| line.strip_prefix("CONNECT ")?.trim_end().parse().ok());
+    port.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a client that does not CONNECT"))
+}
+
+/// Not a byte further than the line: what follows is the peer's.
+async fn line(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
+    let mut line = Vec::with_capacity(MAX_LINE);
+    while line.len() < MAX_LINE {
+        match stream.read_u8().await? {
+            b'\n' => break,
+            byte => line.push(byte),
         }
     }
-    if answer.starts_with(b"OK ") {
-        return Ok(Some(stream));
-    }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidData,
-        "the vsock device does not answer as it should",
-    ))
+    Ok(line)
 }
 
 fn is_hang_up(err: &io::Error) -> bool {
@@ -125,7 +133,10 @@ impl PortListener {
                 Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
                 _ => {}
             }
-            UnixListener::bind(&path)
+            let listener = UnixListener::bind(&path)?;
+            // Also tells whoever waits for it that it listens.
+            std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+            Ok(listener)
         };
         let listener = bind().map_err(|source| VmError::Io {
             what: format!("cannot listen on {}", path.display()),

@@ -65,6 +65,7 @@ fn case(script: &str, api_limit: Duration) -> Case {
         net_slots: 1,
         disk_slots: 1,
         balloon: true,
+        control_port: 1024,
         most: VmSize {
             vcpus: 1,
             memory_bytes: 128 << 20,

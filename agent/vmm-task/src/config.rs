@@ -35,6 +35,8 @@ pub struct Params {
     pub log_level: LevelFilter,
     /// `task.debug`: also log the container runtime's inner steps.
     pub debug: bool,
+    /// `task.control_port=<port>`: the host port to dial, where it is not [`CONTROL_PORT`].
+    pub control_port: u32,
     /// `task.debug_shell=<path>`: the program of the debug console, which is off without.
     pub debug_shell: Option<PathBuf>,
     /// What could not be used, to be logged once logging works.
@@ -46,6 +48,7 @@ impl Default for Params {
         Self {
             log_level: LevelFilter::INFO,
             debug: false,
+            control_port: CONTROL_PORT,
             debug_shell: None,
             warnings: Vec::new(),
         }
@@ -76,6 +79,10 @@ impl Params {
                 ("debug", Some("false" | "0")) => params.debug = false,
                 ("sharefs_type", Some("virtiofs")) => {}
                 ("sharefs_type", _) => params.warn(word, "only virtiofs is shared with the host"),
+                ("control_port", port) => match port.and_then(|port| port.parse().ok()) {
+                    Some(port) => params.control_port = port,
+                    None => params.warn(word, "must be a number"),
+                },
                 ("debug_shell", Some(path)) if path.starts_with('/') => {
                     params.debug_shell = Some(path.into());
                 }
@@ -99,7 +106,7 @@ impl Config {
         Self {
             dial: Endpoint::Vsock {
                 cid: VMADDR_CID_HOST,
-                port: CONTROL_PORT,
+                port: params.control_port,
             },
             listen: Endpoint::Vsock {
                 cid: VMADDR_CID_ANY,
@@ -164,6 +171,17 @@ mod tests {
         assert_eq!(Params::parse("task.debug").debug_shell, None);
         let shell = Params::parse("task.debug_shell=/bin/sh").debug_shell;
         assert_eq!(shell, Some("/bin/sh".into()));
+    }
+
+    #[test]
+    fn the_host_port_to_dial_is_the_usual_one_unless_another_is_named() {
+        let port = |line| match Config::guest(Params::parse(line)).dial {
+            Endpoint::Vsock { port, .. } => port,
+            Endpoint::Unix(path) => panic!("{path:?}"),
+        };
+        assert_eq!(port("task.control_port=70000"), 70_000);
+        assert_eq!(port("task.control_port=x"), CONTROL_PORT);
+        assert_eq!(port(""), CONTROL_PORT);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::hypervisor::{
     Control, GuestEnd, HvError, Layout, MEMORY_STEP_BYTES, MachineSpec, Nic, Started, card_address,
     in_use,
 };
+use crate::process::threads_named;
 use crate::told::Told;
 
 /// A running Cloud Hypervisor.
@@ -84,7 +85,7 @@ impl ChControl {
 async fn watch(mut events: Events, told: Arc<Told>, api: Api) {
     loop {
         match events.next().await {
-            Ok(Some(News::Removed(device))) => told.removed(device),
+            Ok(Some(News::Removed(device))) => told.happened(device),
             Ok(Some(News::End(end))) => {
                 told.ended(end);
                 // It would boot the guest again; a VMM that has ended does not answer.
@@ -109,13 +110,7 @@ impl Drop for ChControl {
 impl Control for ChControl {
     /// Cloud Hypervisor names them vcpu0, vcpu1...
     fn vcpu_threads(&self) -> Vec<i32> {
-        let pid = i32::try_from(self.pid).unwrap_or(0);
-        let tasks = procfs::process::Process::new(pid).and_then(|process| process.tasks());
-        let tasks = tasks.into_iter().flatten().flatten();
-        let is_vcpu = |task: &procfs::process::Task| {
-            task.stat().is_ok_and(|stat| stat.comm.starts_with("vcpu"))
-        };
-        tasks.filter(is_vcpu).map(|task| task.tid).collect()
+        threads_named(self.pid, "vcpu")
     }
 
     fn guest_end(&self) -> Option<GuestEnd> {

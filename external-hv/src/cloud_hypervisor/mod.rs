@@ -26,7 +26,8 @@ use vmm_core::vm::VmError;
 use self::control::ChControl;
 use crate::capability::Backend;
 use crate::hypervisor::{
-    Control, HvError, Hypervisor, Launch, Layout, MachineSpec, Nic, Started, check_program,
+    Control, GuestVsock, HvError, Hypervisor, Launch, Layout, MachineSpec, Nic, Started,
+    check_program,
 };
 use crate::supervisor::{FIRST_FREE_FD, Listen};
 
@@ -170,7 +171,7 @@ impl Hypervisor for CloudHypervisor {
                 fd: API_FD,
             }],
             nics,
-            our_vsock: false,
+            vsock: GuestVsock::Vmms,
         })
     }
 

@@ -15,7 +15,7 @@ use vmm_core::vm::{ExitReason, PhaseReached, Vm as _, VmError, VmSize};
 
 use crate::capability::Capability;
 use crate::hypervisor::{
-    Control, GuestEnd, HvError, Hypervisor, Layout, MachineSpec, Nic, Started,
+    Control, GuestEnd, GuestVsock, HvError, Hypervisor, Layout, MachineSpec, Nic, Started,
 };
 use crate::supervisor::{Ended, Job, ShareJob, Supervisor, VsockJob};
 use crate::vsock::Ports;
@@ -155,11 +155,19 @@ impl ExternalVm {
                 workers: spec.share_workers,
                 cache: spec.share_cache.into(),
             }),
-            vsock: launch.our_vsock.then(|| VsockJob {
-                socket: layout.vsock_device(),
-                uds: layout.vsock(),
-                guest_cid: GUEST_CID,
-            }),
+            vsock: match launch.vsock {
+                GuestVsock::Ours => Some(VsockJob::Device {
+                    socket: layout.vsock_device(),
+                    uds: layout.vsock(),
+                    guest_cid: GUEST_CID,
+                }),
+                GuestVsock::Kernels(guest_cid) => Some(VsockJob::Kernel {
+                    uds: layout.vsock(),
+                    guest_cid,
+                    control_port: spec.control_port,
+                }),
+                GuestVsock::Vmms => None,
+            },
         };
         let supervisor =
             Supervisor::launch(&self.program, &job, launch.fds, spec.api_limit).await?;

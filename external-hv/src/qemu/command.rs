@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use vmm_core::vm::VmError;
 
 use super::{Engine, MachineType, QemuConfig};
-use crate::hypervisor::{Launch, Layout, MachineSpec, Nic, card_address};
+use crate::args::Args;
+use crate::hypervisor::{GuestVsock, Launch, Layout, MachineSpec, Nic, card_address};
 use crate::supervisor::{FIRST_FREE_FD, Listen};
 
 /// Where QEMU's QMP socket is.
@@ -12,21 +13,6 @@ const QMP_FD: i32 = FIRST_FREE_FD;
 /// What QEMU's filter forbids besides what nobody needs: other programs, other users, and the
 /// host's resources.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
-
-/// Options one after the other.
-#[derive(Debug, Default)]
-struct Args(Vec<String>);
-
-impl Args {
-    fn add(&mut self, option: &str, value: impl Into<String>) {
-        self.0.push(format!("-{option}"));
-        self.0.push(value.into());
-    }
-
-    fn flag(&mut self, option: &str) {
-        self.0.push(format!("-{option}"));
-    }
-}
 
 pub(super) fn launch(
     config: &QemuConfig,
@@ -70,14 +56,14 @@ pub(super) fn launch(
     let fds = cards(&mut args, bus, nics)?;
     Ok(Launch {
         program: config.path.clone(),
-        args: args.0,
+        args: args.into(),
         fds,
         listens: vec![Listen {
             path: layout.api(),
             fd: QMP_FD,
         }],
         nics: Vec::new(),
-        our_vsock: true,
+        vsock: GuestVsock::Ours,
     })
 }
 

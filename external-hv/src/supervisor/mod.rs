@@ -9,6 +9,7 @@
 //! that it shares with a device, and then whoever touches that memory is killed (SIGBUS); and
 //! because virtio-fs cannot be handed over to a restarted daemon.
 
+mod bridge;
 mod launch;
 mod run;
 
@@ -99,10 +100,19 @@ impl From<Cache> for CachePolicy {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct VsockJob {
-    pub(crate) socket: PathBuf,
-    pub(crate) uds: PathBuf,
-    pub(crate) guest_cid: u32,
+pub(crate) enum VsockJob {
+    /// Our device at `socket`.
+    Device {
+        socket: PathBuf,
+        uds: PathBuf,
+        guest_cid: u32,
+    },
+    /// The host kernel's: [`bridge`].
+    Kernel {
+        uds: PathBuf,
+        guest_cid: u32,
+        control_port: u32,
+    },
 }
 
 /// What a supervisor says once.

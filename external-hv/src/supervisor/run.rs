@@ -25,7 +25,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{Mode, umask};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::{EXIT_FILE, Ended, Job, LIFELINE_FD, READY_FD, Ready, STDERR_BYTES};
+use super::bridge::Bridge;
+use super::{EXIT_FILE, Ended, Job, LIFELINE_FD, READY_FD, Ready, STDERR_BYTES, VsockJob};
 use crate::process::ProcessId;
 
 /// High priority and one request queue.
@@ -119,6 +120,7 @@ struct Supervised {
     // In this order: servers use the loop.
     servers: Vec<VhostUserServer>,
     event_loop: EventLoop,
+    _bridge: Option<Bridge>,
 }
 
 impl Supervised {
@@ -134,6 +136,14 @@ impl Supervised {
         let event_loop =
             EventLoop::start("devices", Arc::new(SharedThreads(Arc::clone(&threads))))?;
         let servers = serve(&job, &event_loop)?;
+        let bridge = match &job.vsock {
+            Some(VsockJob::Kernel {
+                uds,
+                guest_cid,
+                control_port,
+            }) => Some(Bridge::start(uds, *guest_cid, *control_port)?),
+            _ => None,
+        };
         let mut console = ConsoleOutput::new(ConsoleOptions {
             path: Some(job.console.clone()),
             cap_bytes: job.console_cap_bytes,
@@ -164,6 +174,7 @@ impl Supervised {
             device_failed,
             servers,
             event_loop,
+            _bridge: bridge,
         })
     }
 
@@ -255,11 +266,16 @@ fn serve(job: &Job, event_loop: &EventLoop) -> io::Result<Vec<VhostUserServer>> 
         let device = Fs::new(config).map_err(io::Error::other)?;
         add(Box::new(device), FS_QUEUES, &share.socket)?;
     }
-    if let Some(vsock) = &job.vsock {
-        let mut config = VsockConfig::new(vsock.guest_cid);
-        config.uds_path = Some(vsock.uds.clone());
+    if let Some(VsockJob::Device {
+        socket,
+        uds,
+        guest_cid,
+    }) = &job.vsock
+    {
+        let mut config = VsockConfig::new(*guest_cid);
+        config.uds_path = Some(uds.clone());
         let (device, _) = Vsock::new(config)?;
-        add(Box::new(device), VSOCK_QUEUES, &vsock.socket)?;
+        add(Box::new(device), VSOCK_QUEUES, socket)?;
     }
     Ok(servers)
 }

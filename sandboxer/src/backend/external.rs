@@ -8,6 +8,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use external_hv::cloud_hypervisor::CloudHypervisor;
 use external_hv::qemu::Qemu;
+use external_hv::stratovirt::StratoVirt;
 use external_hv::{ExternalVm, MachineSpec, hypervisor, supervisor};
 use tracing::warn;
 use vmm_core::Host;
@@ -66,6 +67,10 @@ impl ExternalBackend {
                 let vmm = CloudHypervisor::new(vmm, &host)?;
                 (Arc::new(vmm) as _, emulated, false)
             }
+            HypervisorKind::StratoVirt => {
+                let vmm = StratoVirt::new(config.hypervisor.stratovirt.clone(), &host)?;
+                (Arc::new(vmm) as _, emulated, false)
+            }
         };
         if config.fs.dax.as_u64() > 0 {
             warn!("fs.dax has no effect: only in-process VMs have a window onto files");
@@ -103,6 +108,7 @@ impl ExternalBackend {
             net_slots: vm.net_slots,
             disk_slots: vm.disk_slots,
             balloon: vm.balloon,
+            control_port: agent_api::CONTROL_PORT,
             most: vm.most(request.vcpus, request.memory_bytes),
             api_limit: self.config.hypervisor.api_timeout,
             outlives_daemon: self.outlives_daemon,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use external_hv::cloud_hypervisor::ChConfig;
 use external_hv::qemu::{Accel, QemuConfig};
+use external_hv::stratovirt::{MachineType, StratoConfig};
 use serde::de::IntoDeserializer;
 use serde::de::value::StrDeserializer;
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,8 @@ pub struct Hypervisor {
     /// Cloud Hypervisor.
     #[serde(rename = "cloud-hypervisor")]
     pub cloud_hypervisor: ChConfig,
+    /// StratoVirt.
+    pub stratovirt: StratoConfig,
 }
 
 impl Default for Hypervisor {
@@ -38,6 +41,7 @@ impl Default for Hypervisor {
             api_timeout: Duration::from_secs(10),
             qemu: QemuConfig::default(),
             cloud_hypervisor: ChConfig::default(),
+            stratovirt: StratoConfig::default(),
         }
     }
 }
@@ -51,6 +55,10 @@ pub enum HypervisorKind {
     Qemu,
     /// Cloud Hypervisor.
     CloudHypervisor,
+    /// StratoVirt.
+    #[serde(rename = "stratovirt")]
+    #[value(name = "stratovirt")]
+    StratoVirt,
 }
 
 /// Overrides `hypervisor.qemu.accel`.
@@ -69,6 +77,12 @@ impl Hypervisor {
         if !(1..=256).contains(&self.qemu.memory_slots) {
             let value = self.qemu.memory_slots.to_string();
             return wrong("hypervisor.qemu.memory_slots", value, "must be 1 to 256");
+        }
+        let strato = &self.stratovirt;
+        if let (Some(firmware), MachineType::Microvm) = (&strato.firmware, strato.machine) {
+            let value = firmware.display().to_string();
+            let fix = "must be unset for the machine \"microvm\", which has none";
+            return wrong("hypervisor.stratovirt.firmware", value, fix);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use external_hv::cloud_hypervisor::ChConfig;
 use external_hv::qemu::QemuConfig;
+use external_hv::stratovirt::StratoConfig;
 use serde_aux::serde_introspection::serde_introspect;
 
 use super::{Config, Events, Fs, Hypervisor, Sandbox, Templates, Timeouts, Vm, Wasm};
@@ -19,6 +20,7 @@ pub(super) fn nearest(key: &str) -> Option<String> {
         "hypervisor" => serde_introspect::<Hypervisor>(),
         "hypervisor.cloud-hypervisor" => serde_introspect::<ChConfig>(),
         "hypervisor.qemu" => serde_introspect::<QemuConfig>(),
+        "hypervisor.stratovirt" => serde_introspect::<StratoConfig>(),
         "templates" => serde_introspect::<Templates>(),
         "fs" => serde_introspect::<Fs>(),
         "events" => serde_introspect::<Events>(),

@@ -107,6 +107,7 @@ impl Overrides {
         let path = match hypervisor.kind {
             HypervisorKind::Qemu => &mut hypervisor.qemu.path,
             HypervisorKind::CloudHypervisor => &mut hypervisor.cloud_hypervisor.path,
+            HypervisorKind::StratoVirt => &mut hypervisor.stratovirt.path,
         };
         if let Some(wanted) = self.hypervisor_path {
             *path = wanted;

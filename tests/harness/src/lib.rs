@@ -70,8 +70,10 @@ pub fn program(name: &str) -> Command {
 pub fn external_backend() -> Option<String> {
     match std::env::var("BACKEND").ok().as_deref() {
         None | Some("" | "in-process") => None,
-        Some(name @ ("qemu" | "cloud-hypervisor")) => Some(name.to_owned()),
-        Some(other) => panic!("BACKEND={other}: use in-process, qemu or cloud-hypervisor"),
+        Some(name @ ("qemu" | "cloud-hypervisor" | "stratovirt")) => Some(name.to_owned()),
+        Some(other) => {
+            panic!("BACKEND={other}: use in-process, qemu, cloud-hypervisor or stratovirt")
+        }
     }
 }
 
@@ -87,17 +89,27 @@ pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Cloud Hypervisor, where its releases are put.
 pub const CLOUD_HYPERVISOR: &str = "/usr/local/bin/cloud-hypervisor";
 
+/// StratoVirt, where its packages put it.
+pub const STRATOVIRT: &str = "/usr/bin/stratovirt";
+
 /// Why pods cannot run here, or `None` when they can.
 #[must_use]
 pub fn kvm_missing() -> Option<String> {
     if let Some(backend) = external_backend() {
         let usual = match backend.as_str() {
             "qemu" => QEMU,
+            "stratovirt" => STRATOVIRT,
             _ => CLOUD_HYPERVISOR,
         };
         let program = std::env::var_os("KUASAR_HYPERVISOR_PATH").unwrap_or_else(|| usual.into());
         let missing = !Path::new(&program).exists();
-        return missing.then(|| format!("{backend}: there is no {}", program.display()));
+        if missing {
+            return Some(format!("{backend}: there is no {}", program.display()));
+        }
+        // It has no other vsock.
+        let vsock = Path::new("/dev/vhost-vsock");
+        let missing = backend == "stratovirt" && !vsock.exists();
+        return missing.then(|| format!("{backend} needs {}", vsock.display()));
     }
     match std::fs::OpenOptions::new()
         .read(true)

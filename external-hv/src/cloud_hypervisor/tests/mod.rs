@@ -52,6 +52,7 @@ fn case(release: u32) -> Case {
         net_slots: 2,
         disk_slots: 2,
         balloon: true,
+        control_port: 1024,
         most: VmSize {
             vcpus: 4,
             // No multiple of what is plugged at once.

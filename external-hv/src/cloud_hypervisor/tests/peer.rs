@@ -4,22 +4,20 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, IoSliceMut, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::AbortHandle;
 
 use crate::cloud_hypervisor::{PAYLOAD_SINCE, events, events_pipe};
 use crate::hypervisor::Layout;
-use crate::rights::MAX_FDS;
+use crate::rights::receive;
 
 type Refusal = (u16, String);
 
@@ -168,11 +166,8 @@ async fn answer(mut stream: UnixStream, vmm: &Mutex<Vmm>) -> io::Result<()> {
 async fn request(stream: &UnixStream) -> io::Result<(String, Vec<u8>, Vec<OwnedFd>)> {
     let (mut bytes, mut fds) = (Vec::new(), Vec::new());
     loop {
-        stream.readable().await?;
-        match stream.try_io(Interest::READABLE, || receive(stream, &mut bytes, &mut fds)) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Err(err) if err.kind() != io::ErrorKind::WouldBlock => return Err(err),
-            _ => {}
+        if receive(stream, &mut bytes, &mut fds).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let Some(end) = bytes.windows(4).position(|end| end == b"\r\n\r\n") else {
             continue;
@@ -185,21 +180,6 @@ async fn request(stream: &UnixStream) -> io::Result<(String, Vec<u8>, Vec<OwnedF
             return Ok((head, bytes[end + 4..].to_vec(), fds));
         }
     }
-}
-
-fn receive(stream: &UnixStream, bytes: &mut Vec<u8>, fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut piece = [0; 4096];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let parts = &mut [IoSliceMut::new(&mut piece)];
-    let n = recvmsg(stream, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(more) = message {
-            fds.extend(more);
-        }
-    }
-    bytes.extend_from_slice(&piece[..n]);
-    Ok(n)
 }
 
 fn refuse<T>(why: impl Into<String>) -> Result<T, Refusal> {

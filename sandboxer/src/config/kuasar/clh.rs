@@ -54,6 +54,6 @@ pub(super) fn config(file_: File<Clh>) -> Config {
         "the kernel is booted directly",
     );
     translation.task(&clh.task);
-    translation.virtiofsd(&clh.virtiofsd);
+    translation.virtiofsd("hypervisor.virtiofsd", &clh.virtiofsd);
     translation.config
 }

@@ -6,6 +6,7 @@
 
 mod clh;
 mod qemu;
+mod stratovirt;
 
 use std::path::{Path, PathBuf};
 
@@ -18,12 +19,13 @@ use toml::Table;
 use super::{Config, ConfigError, FsCache, Mode, keys};
 
 /// Keys of `[hypervisor]` that only our own files have.
-const OURS: [&str; 5] = [
+const OURS: [&str; 6] = [
     "kind",
     "supervisor",
     "api_timeout",
     "qemu",
     "cloud-hypervisor",
+    "stratovirt",
 ];
 
 /// Whether `text` is a configuration file of Kuasar.
@@ -60,15 +62,12 @@ pub(super) fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
     let hypervisor = document.get("hypervisor").and_then(toml::Value::as_table);
     let has = |key: &str| hypervisor.is_some_and(|keys| keys.contains_key(key));
     let program = hypervisor.and_then(|keys| keys.get("path")?.as_str());
-    let stratovirt = program.is_some_and(|path| path.contains("stratovirt"));
-    let config = if has("virtiofsd_conf") || stratovirt {
-        return Err(ConfigError::Value {
-            path: path.to_owned(),
-            key: "hypervisor.path",
-            value: program.unwrap_or("/usr/bin/stratovirt").to_owned(),
-            fix: "StratoVirt is not supported; use the configuration for QEMU or Cloud Hypervisor",
-        });
-    } else if has("qemu_path") || (has("machine_type") && !has("path")) {
+    let is_stratovirt = has("virtiofsd_conf")
+        || has("machine_type") && has("path")
+        || program.is_some_and(|path| path.contains("stratovirt"));
+    let config = if is_stratovirt {
+        stratovirt::config(read(text, path)?)
+    } else if has("qemu_path") || has("machine_type") {
         qemu::config(read(text, path)?)
     } else {
         clh::config(read(text, path)?)
@@ -92,7 +91,7 @@ struct Sandbox {
     enable_tracing: bool,
 }
 
-/// `[hypervisor.virtiofsd]`: of the daemon whose place our own device takes.
+/// `[hypervisor.virtiofsd]`, or `virtiofsd_conf` for StratoVirt: of the daemon whose place our own device takes.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Virtiofsd {
@@ -144,7 +143,7 @@ fn nearest<H: DeserializeOwned>(key: &str) -> Option<String> {
         "" => &["sandbox", "hypervisor"],
         "sandbox" => serde_introspect::<Sandbox>(),
         "hypervisor" => serde_introspect::<H>(),
-        "hypervisor.virtiofsd" => serde_introspect::<Virtiofsd>(),
+        "hypervisor.virtiofsd" | "hypervisor.virtiofsd_conf" => serde_introspect::<Virtiofsd>(),
         "hypervisor.task" => serde_introspect::<Task>(),
         _ => &[],
     };
@@ -215,8 +214,7 @@ impl Translation {
         }
     }
 
-    fn virtiofsd(&mut self, daemon: &Virtiofsd) {
-        let table = "hypervisor.virtiofsd";
+    fn virtiofsd(&mut self, table: &str, daemon: &Virtiofsd) {
         let ours = "virtio-fs is served by this daemon's own device";
         for (set, key) in [
             (daemon.path.is_some(), "path"),

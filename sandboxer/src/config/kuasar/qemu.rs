@@ -66,7 +66,7 @@ pub(super) fn config(file_: File<Qemu>) -> Config {
     launch(&mut translation, &mut qemu);
     in_vain(&mut translation, &qemu);
     translation.cache(qemu.virtiofs_cache.as_deref(), "hypervisor.virtiofs_cache");
-    translation.virtiofsd(&qemu.virtiofsd);
+    translation.virtiofsd("hypervisor.virtiofsd", &qemu.virtiofsd);
     translation.config
 }
 
