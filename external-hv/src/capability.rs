@@ -112,10 +112,10 @@ impl Backend {
                 )
             }
             Self::CloudHypervisor => !matches!(what, C::Snapshot | C::Template | C::WithoutKvm),
-            // Nothing tells when its virtio-mem has grown.
-            Self::StratoVirt => !matches!(
+            // It locks itself up over a vCPU, and does not tell when memory was taken.
+            Self::StratoVirt => matches!(
                 what,
-                C::Snapshot | C::Template | C::MemoryHotplug | C::WithoutKvm
+                C::Pause | C::Network | C::NetworkHotplug | C::DiskHotplug | C::OutliveDaemon
             ),
             Self::StratoVirtMicrovm => matches!(what, C::Pause | C::Network | C::OutliveDaemon),
         }

@@ -1,9 +1,8 @@
 //! A client of the QEMU Machine Protocol, which StratoVirt speaks as well.
 //!
-//! JSON lines over a Unix socket: a greeting, then answers by the id of their command, and
+//! JSON lines over a Unix socket: a greeting, then an answer to each command, and
 //! events in between. Fds travel beside a command.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -44,7 +43,8 @@ struct Inner {
 
 #[derive(Default)]
 struct Pending {
-    answers: HashMap<String, oneshot::Sender<Result<Value, String>>>,
+    /// Of the command in progress, by its id.
+    answer: Option<(String, oneshot::Sender<Result<Value, String>>)>,
     /// Why the session ended.
     ended: Option<String>,
 }
@@ -157,10 +157,8 @@ impl Qmp {
         if let Some(why) = &pending.ended {
             return Err(why.clone());
         }
-        // Whoever gave up waiting.
-        pending.answers.retain(|_, answer| !answer.is_closed());
         let (sender, receiver) = oneshot::channel();
-        pending.answers.insert(id.to_owned(), sender);
+        pending.answer = Some((id.to_owned(), sender));
         Ok(receiver)
     }
 
@@ -205,9 +203,15 @@ async fn read(vmm: &'static str, inner: Arc<Inner>, mut lines: Lines, events: im
             events((event, message.get("data").unwrap_or(&Value::Null)));
             continue;
         }
+        // StratoVirt leaves the id out of some; another's is of a command that was given up.
         let id = message.get("id").and_then(Value::as_str);
-        let answer = id.and_then(|id| lock(&inner.pending).answers.remove(id));
-        let Some(answer) = answer else {
+        let answer = {
+            let mut pending = lock(&inner.pending);
+            let its = pending.answer.as_ref().map(|(its, _)| its.as_str());
+            let others = id.is_some() && id != its;
+            if others { None } else { pending.answer.take() }
+        };
+        let Some((_, answer)) = answer else {
             tracing::debug!(vmm, %message, "an answer that nobody waits for");
             continue;
         };
@@ -220,7 +224,7 @@ async fn read(vmm: &'static str, inner: Arc<Inner>, mut lines: Lines, events: im
     };
     let mut pending = lock(&inner.pending);
     pending.ended = Some(why);
-    pending.answers.clear();
+    pending.answer = None;
 }
 
 fn describe(error: &Value) -> String {

@@ -14,9 +14,8 @@ use crate::hypervisor::{GuestEnd, HvError};
 #[derive(Debug, Default)]
 pub(crate) struct Told {
     guest_end: Mutex<Option<GuestEnd>>,
-    /// What has happened and nobody has waited for yet: ids of devices that the guest has let
-    /// go of, names of events.
-    happened: watch::Sender<Vec<String>>,
+    /// Ids of devices that the guest has let go of.
+    removed: watch::Sender<Vec<String>>,
 }
 
 impl Told {
@@ -39,9 +38,9 @@ impl Told {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The guest has let go of a device, or an event of this name came.
-    pub(crate) fn happened(&self, what: String) {
-        self.happened.send_modify(|all| all.push(what));
+    /// The guest has let go of a device.
+    pub(crate) fn removed(&self, device: String) {
+        self.removed.send_modify(|ids| ids.push(device));
     }
 
     /// Asks the VMM by `request` to have the guest let go of `device`, and waits until it has.
@@ -51,29 +50,20 @@ impl Told {
         limit: Duration,
         request: impl Future<Output = Result<(), HvError>>,
     ) -> Result<(), VmError> {
-        let what = "the guest to let go of a device";
-        self.after(device, what, limit, request).await
-    }
-
-    /// Does `request`, and waits until `name` has happened, described by `what` in errors.
-    pub(crate) async fn after(
-        &self,
-        name: &str,
-        what: &'static str,
-        limit: Duration,
-        request: impl Future<Output = Result<(), HvError>>,
-    ) -> Result<(), VmError> {
         let forget = || {
-            self.happened
-                .send_modify(|all| all.retain(|other| other != name));
+            self.removed
+                .send_modify(|ids| ids.retain(|id| id != device));
         };
-        // An earlier one of this name may have come late.
+        // An earlier device of this name may have gone late.
         forget();
         request.await?;
-        let mut happened = self.happened.subscribe();
-        let done = happened.wait_for(|all| all.iter().any(|other| other == name));
-        if timeout(limit, done).await.is_err() {
-            return Err(VmError::Deadline { what, limit });
+        let mut removed = self.removed.subscribe();
+        let gone = removed.wait_for(|ids| ids.iter().any(|id| id == device));
+        if timeout(limit, gone).await.is_err() {
+            return Err(VmError::Deadline {
+                what: "the guest to let go of a device",
+                limit,
+            });
         }
         forget();
         Ok(())

@@ -85,7 +85,7 @@ impl ChControl {
 async fn watch(mut events: Events, told: Arc<Told>, api: Api) {
     loop {
         match events.next().await {
-            Ok(Some(News::Removed(device))) => told.happened(device),
+            Ok(Some(News::Removed(device))) => told.removed(device),
             Ok(Some(News::End(end))) => {
                 told.ended(end);
                 // It would boot the guest again; a VMM that has ended does not answer.

@@ -186,25 +186,12 @@ impl Vm for ExternalVm {
 
     fn resizable(&self) -> Option<(VmSize, VmSize)> {
         let backend = self.shared.hypervisor.backend();
-        let (vcpus, memory) = (
-            backend.can(Capability::VcpuHotplug),
-            backend.can(Capability::MemoryHotplug),
-        );
-        let (now, mut most) = (*lock(&self.shared.size), self.shared.spec.most);
-        if !memory {
-            most.memory_bytes = now.memory_bytes;
-        }
-        (vcpus || memory).then_some((now, most))
+        let grows = backend.can(Capability::VcpuHotplug) && backend.can(Capability::MemoryHotplug);
+        grows.then(|| (*lock(&self.shared.size), self.shared.spec.most))
     }
 
     async fn resize(&self, size: VmSize, deadline: Duration) -> Result<VmSize, VmError> {
-        let now = *lock(&self.shared.size);
-        if size.memory_bytes > now.memory_bytes {
-            self.ensure_can(Capability::MemoryHotplug, "plug in memory")?;
-        }
-        if size.vcpus > now.vcpus {
-            self.ensure_can(Capability::VcpuHotplug, "plug in vCPUs")?;
-        }
+        self.ensure_can(Capability::MemoryHotplug, "change its size")?;
         let control = self.control()?;
         let resized = async {
             control.resize(size).await?;

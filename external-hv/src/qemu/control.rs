@@ -40,7 +40,7 @@ fn take(told: &Told, name: &str, data: &Value) {
         }
         ("DEVICE_DELETED", _) => {
             if let Some(device) = text("device") {
-                told.happened(device.to_owned());
+                told.removed(device.to_owned());
             }
         }
         _ => {}

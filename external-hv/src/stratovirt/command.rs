@@ -193,14 +193,7 @@ fn machine(config: &StratoConfig) -> String {
 }
 
 fn size(args: &mut Args, config: &StratoConfig, spec: &MachineSpec) {
-    let vcpus = spec.vcpus;
-    args.add(
-        "smp",
-        match config.machine {
-            MachineType::Q35 => format!("cpus={vcpus},maxcpus={}", spec.most.vcpus),
-            MachineType::Microvm => format!("cpus={vcpus}"),
-        },
-    );
+    args.add("smp", format!("cpus={}", spec.vcpus));
     args.add("m", format!("size={}K", spec.memory_bytes / 1024));
     if let Some(folder) = &config.memory_path {
         args.add("mem-path", path(folder));
@@ -217,7 +210,10 @@ fn command_line(
     cid: Option<u32>,
 ) -> String {
     let mut words: Vec<String> = match config.machine {
-        MachineType::Q35 => ["console=ttyS0", "reboot=k", "panic=-1"].as_slice(),
+        // Hotplug is the guest's own: no firmware handles it, nor says that the guest may.
+        MachineType::Q35 => {
+            ["console=ttyS0", "reboot=k", "panic=-1", "pcie_ports=native"].as_slice()
+        }
         MachineType::Microvm => ["console=ttyS0", "reboot=t", "panic=-1", "pci=off"].as_slice(),
     }
     .iter()

@@ -16,9 +16,6 @@ use crate::process::threads_named;
 use crate::qmp::Qmp;
 use crate::told::Told;
 
-/// What is told when a vCPU was plugged in.
-const CPU_RESIZE: &str = "CPU_RESIZE";
-
 /// A running StratoVirt.
 #[derive(Debug)]
 pub(super) struct StratoControl {
@@ -28,8 +25,7 @@ pub(super) struct StratoControl {
     /// Ends the VMM when the guest resets.
     ending: AbortHandle,
     net_slots: usize,
-    memory_bytes: u64,
-    limit: Duration,
+    size: VmSize,
     /// One change at a time.
     plugging: tokio::sync::Mutex<()>,
 }
@@ -45,10 +41,9 @@ fn take(told: &Told, name: &str, data: &Value) -> bool {
         }
         "DEVICE_DELETED" => {
             if let Some(device) = data.get("device").and_then(Value::as_str) {
-                told.happened(device.to_owned());
+                told.removed(device.to_owned());
             }
         }
-        CPU_RESIZE => told.happened(name.to_owned()),
         _ => {}
     }
     false
@@ -79,8 +74,10 @@ impl StratoControl {
             told,
             ending: ending.abort_handle(),
             net_slots: usize::try_from(spec.net_slots).unwrap_or(usize::MAX),
-            memory_bytes: spec.memory_bytes,
-            limit: spec.api_limit,
+            size: VmSize {
+                vcpus: spec.vcpus,
+                memory_bytes: spec.memory_bytes,
+            },
             plugging: tokio::sync::Mutex::default(),
         })
     }
@@ -106,11 +103,6 @@ impl StratoControl {
         let request = async { self.qmp.execute("device_del", id).await.map(drop) };
         self.told.removal(device, limit, request).await
     }
-
-    /// Of all, also those that were plugged in, which its own list of them lacks.
-    fn vcpus(&self) -> u32 {
-        u32::try_from(self.vcpu_threads().len()).unwrap_or(u32::MAX)
-    }
 }
 
 impl Drop for StratoControl {
@@ -121,7 +113,7 @@ impl Drop for StratoControl {
 
 #[async_trait]
 impl Control for StratoControl {
-    /// StratoVirt names them `CPU 0/KVM`, `CPU 1/KVM`...
+    /// StratoVirt names them `CPU 0/Kvm`, `CPU 1/Kvm`...
     fn vcpu_threads(&self) -> Vec<i32> {
         threads_named(self.pid, "CPU ")
     }
@@ -208,25 +200,14 @@ impl Control for StratoControl {
         Ok(())
     }
 
-    async fn resize(&self, size: VmSize) -> Result<(), VmError> {
-        let _plugging = self.plugging.lock().await;
-        for number in self.vcpus()..size.vcpus {
-            let vcpu = json!({
-                "id": format!("cpu{number}"), "driver": "generic-x86-cpu", "cpu-id": number,
-            });
-            let request = async { self.qmp.execute("device_add", vcpu).await.map(drop) };
-            let what = "a vCPU to be plugged in";
-            self.told
-                .after(CPU_RESIZE, what, self.limit, request)
-                .await?;
-        }
-        Ok(())
+    async fn resize(&self, _: VmSize) -> Result<(), VmError> {
+        Err(VmError::Unsupported {
+            what: "change its size",
+            backend: NAME,
+        })
     }
 
     async fn size(&self) -> Result<VmSize, VmError> {
-        Ok(VmSize {
-            vcpus: self.vcpus(),
-            memory_bytes: self.memory_bytes,
-        })
+        Ok(self.size)
     }
 }

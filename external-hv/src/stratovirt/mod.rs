@@ -5,7 +5,7 @@
 //! | `cid` | the guest's address on the host's vsock, the only one it has |
 //! | `command` | the command line of a VM |
 //! | `config` | what can be configured |
-//! | `control` | a running StratoVirt: pause, hotplug, size |
+//! | `control` | a running StratoVirt: pause, hotplug |
 //! | `kernel` | kernels as it takes them |
 
 mod cid;

@@ -201,29 +201,6 @@ async fn what_is_refused_leaves_nothing_and_can_be_tried_again() {
 }
 
 #[tokio::test]
-async fn vcpus_are_plugged_in_one_after_the_other() {
-    let case = case();
-    let vm = case.connect(false).await;
-    let more = |vcpus| VmSize {
-        vcpus,
-        memory_bytes: 128 * MIB,
-    };
-    // This process stands for the VMM, and has no vCPUs: what the peer has is refused.
-    vm.resize(more(1)).await.unwrap_err();
-    let (end, ended) = std::sync::mpsc::channel::<()>();
-    let vcpu = std::thread::Builder::new().name("CPU 0/KVM".to_owned());
-    let vcpu = vcpu.spawn(move || ended.recv()).unwrap();
-    vm.resize(more(1)).await.unwrap();
-    vm.resize(more(3)).await.unwrap();
-    vm.resize(more(4)).await.unwrap_err();
-    assert_eq!(vm.size().await.unwrap(), more(1));
-    let added = case.peer.commands();
-    assert_eq!(added, ["qmp_capabilities", "device_add", "device_add"]);
-    drop(end);
-    let _ = vcpu.join();
-}
-
-#[tokio::test]
 async fn a_later_daemon_goes_on() {
     let case = case();
     let vm = case.connect(false).await;

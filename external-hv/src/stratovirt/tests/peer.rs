@@ -49,7 +49,6 @@ arguments! {
         bus: Option<String>, addr: Option<String>,
         netdev: Option<String>, mac: Option<String>, mq: Option<String>,
         drive: Option<String>, serial: Option<String>,
-        #[serde(rename = "cpu-id")] cpu: Option<u8>,
     }
 }
 
@@ -69,8 +68,6 @@ struct Vmm {
     nodes: BTreeSet<String>,
     netdevs: BTreeSet<String>,
     fds: BTreeMap<String, OwnedFd>,
-    vcpus: u8,
-    most_vcpus: u8,
     paused: bool,
     commands: Vec<String>,
     /// To be told.
@@ -92,8 +89,6 @@ impl Peer {
             nodes: BTreeSet::new(),
             netdevs: devices.netdevs,
             fds: BTreeMap::new(),
-            vcpus: devices.vcpus,
-            most_vcpus: devices.most_vcpus,
             paused: false,
             commands: Vec::new(),
             events: Vec::new(),
@@ -200,6 +195,7 @@ impl Vmm {
             Ok(command) => command,
             Err(err) => return error(&err.to_string()),
         };
+        let has_id = command.execute != "qmp_capabilities";
         let mut answer = match self.act(&command, fds) {
             Ok(value) => {
                 self.commands.push(command.execute);
@@ -207,7 +203,9 @@ impl Vmm {
             }
             Err(why) => error(&why),
         };
-        answer["id"] = command.id.into();
+        if has_id {
+            answer["id"] = command.id.into();
+        }
         answer
     }
 
@@ -298,14 +296,6 @@ impl Vmm {
 
     fn add(&mut self, device: Device) -> Result<(), String> {
         let found = match device.driver.as_str() {
-            "generic-x86-cpu" => {
-                if device.cpu != Some(self.vcpus) || self.vcpus >= self.most_vcpus {
-                    return refuse(format!("cpu-id {:?}", device.cpu));
-                }
-                self.vcpus += 1;
-                self.events.push(event("CPU_RESIZE", &json!({})));
-                return Ok(());
-            }
             "virtio-net-pci" => device.netdev.is_some_and(|id| self.netdevs.contains(&id)),
             "virtio-blk-pci" => device.drive.is_some_and(|id| self.nodes.contains(&id)),
             other => return refuse(format!("Driver {other} is not support")),
