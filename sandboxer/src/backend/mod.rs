@@ -4,6 +4,7 @@
 //! ends, and carries byte streams to an agent inside. Pods know nothing else about it.
 
 pub mod external;
+mod place;
 pub mod vmm;
 pub mod wasm;
 

@@ -101,6 +101,30 @@ impl RootDir {
         Ok(folder)
     }
 
+    /// Opens what is to be mounted on, following links inside the root: a folder, or a file.
+    /// What is missing is made.
+    ///
+    /// # Errors
+    /// A link leads nowhere, or the tree cannot be written to.
+    pub(crate) fn mount_point(&self, path: &Path, is_dir: bool) -> io::Result<OwnedFd> {
+        let normal = |part: &Component<'_>| matches!(part, Component::Normal(_));
+        let path: PathBuf = path.components().filter(normal).collect();
+        if is_dir {
+            return Ok(self.folder_or_create(&path)?.fd);
+        }
+        match self.resolve(&path, OFlags::PATH | OFlags::CLOEXEC) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::ErrorKind::IsADirectory.into());
+        };
+        let parent = self.folder_or_create(parent)?;
+        let create = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o644);
+        Ok(rustix::fs::openat(&parent.fd, name, create, mode)?)
+    }
+
     /// Reads a regular file of at most `max_bytes`, following links inside the root.
     /// Never blocks on a fifo.
     ///
@@ -231,6 +255,23 @@ mod tests {
         symlink("/secret", root.join("usr/leak")).unwrap();
         let opened = RootDir::open(&root).unwrap();
         (dir, opened)
+    }
+
+    #[test]
+    fn mount_points_are_made_and_never_outside() {
+        let (dir, root) = tree();
+        root.mount_point(Path::new("/etc/hosts"), false).unwrap();
+        root.mount_point(Path::new("/new/folder/"), true).unwrap();
+        root.mount_point(Path::new("/absolute/lib/new"), false)
+            .unwrap();
+        let top = dir.path().join("root");
+        assert!(top.join("etc/hosts").is_file() && top.join("usr/lib/new").is_file());
+        assert!(top.join("new/folder").is_dir());
+        root.mount_point(Path::new("/leak"), false).unwrap_err();
+        root.mount_point(Path::new("/leak/x"), true).unwrap_err();
+        // `..` is left out as in any OCI runtime.
+        root.mount_point(Path::new("/../etc/hosts"), false).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

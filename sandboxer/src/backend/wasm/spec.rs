@@ -8,6 +8,7 @@ use serde_json::Value;
 use tracing::warn;
 use wasm_host::{CpuQuota, Limits};
 
+use crate::backend::place::on_host;
 use crate::config;
 use crate::pod::PodError;
 
@@ -183,12 +184,6 @@ impl Mount {
             read_only: options.iter().any(|o| o == "ro"),
         })
     }
-}
-
-/// The place on the host of what a guest sees in its share.
-fn on_host(path: &str, share: &Path) -> Option<PathBuf> {
-    let inside = Path::new(path).strip_prefix(agent_api::SHARE_DIR).ok()?;
-    Some(share.join(inside))
 }
 
 /// Takes what OCI `LinuxResources` limit over.
