@@ -7,6 +7,7 @@
 //! | [`hypervisor`] | what an adapter has to provide |
 //! | [`cloud_hypervisor`] | Cloud Hypervisor, by its REST API |
 //! | [`qemu`] | QEMU, by command line and QMP |
+//! | [`quark`] | Quark's sandboxes, by their launcher |
 //! | [`stratovirt`] | StratoVirt, by command line and QMP |
 //! | [`supervisor`] | the process beside each VMM: our devices over vhost-user, console, exit |
 //! | [`vsock`] | host and guest ports as Unix sockets |
@@ -24,6 +25,7 @@ pub mod machine;
 pub mod process;
 pub mod qemu;
 mod qmp;
+pub mod quark;
 mod rights;
 pub mod stratovirt;
 pub mod supervisor;

@@ -40,6 +40,7 @@ impl Guest {
             memory_bytes: config.vm.memory.as_u64(),
             share: dir.path().join("share"),
             dir: dir.path().to_owned(),
+            limits: None,
             disks: Vec::new(),
             netns: None,
         };

@@ -50,9 +50,10 @@ fn from_file(file: &Path, key: &str) -> Result<Option<PathBuf>, Error> {
     };
     let mut sockets: BTreeMap<String, PathBuf> =
         toml::from_str(&text).map_err(|e| Error::Settings(format!("{}: {e}", file.display())))?;
-    if let Some(unknown) = sockets.keys().find(|key| *key != "vmm" && *key != "wasm") {
+    const KEYS: [&str; 3] = ["vmm", "wasm", "quark"];
+    if let Some(unknown) = sockets.keys().find(|key| !KEYS.contains(&key.as_str())) {
         return Err(Error::Settings(format!(
-            "{}: unknown key `{unknown}`; there are `vmm` and `wasm`",
+            "{}: unknown key `{unknown}`; there are `vmm`, `wasm` and `quark`",
             file.display()
         )));
     }

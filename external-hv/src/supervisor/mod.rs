@@ -19,6 +19,7 @@ use devices::virtio::fs::CachePolicy;
 use serde::{Deserialize, Serialize};
 
 pub use self::launch::Supervisor;
+pub(crate) use self::run::replace;
 pub use self::run::run;
 
 use crate::process::ProcessId;

@@ -61,7 +61,7 @@ impl AgentError {
     }
 
     /// Translates what ttrpc reports.
-    pub(super) fn from_ttrpc(call: &'static str, limit: Duration, error: ttrpc::Error) -> Self {
+    pub(crate) fn from_ttrpc(call: &'static str, limit: Duration, error: ttrpc::Error) -> Self {
         match error {
             ttrpc::Error::RpcStatus(status) => match status.code() {
                 Code::DEADLINE_EXCEEDED => Self::Deadline { call, limit },

@@ -1,8 +1,7 @@
 //! Pods in VMs of an external hypervisor.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -15,7 +14,7 @@ use vmm_core::Host;
 use vmm_core::vm::{Vm, VmError};
 
 use super::vmm::BackendError;
-use super::{Built, MachineRequest, SandboxBackend, guest_environment};
+use super::{Built, MachineRequest, SandboxBackend, check_folder, guest_environment};
 use crate::causes::with_causes;
 use crate::config::{Config, GuestFiles, HypervisorKind, accel};
 
@@ -156,40 +155,10 @@ impl SandboxBackend for ExternalBackend {
     }
 
     async fn build(&self, request: MachineRequest) -> Result<Built, VmError> {
-        check_folder(&request.dir)?;
+        // The longest name of a socket.
+        check_folder(&request.dir, "vsock.sock_1024")?;
         let hypervisor = Arc::clone(&self.hypervisor);
         let vm = ExternalVm::new(hypervisor, self.spec(request), self.supervisor.clone());
         Ok(Arc::new(vm).into())
-    }
-}
-
-/// A VM's sockets are in its folder, and their paths must fit an address (`sun_path`, unix(7)).
-fn check_folder(dir: &Path) -> Result<(), VmError> {
-    /// The longest name among them.
-    const SOCKET: &str = "/vsock.sock_1024";
-    const MOST: usize = 107 - SOCKET.len();
-    let bytes = dir.as_os_str().len();
-    if bytes <= MOST {
-        return Ok(());
-    }
-    Err(VmError::Io {
-        what: format!(
-            "the pod's folder {} has a path of {bytes} bytes, and {MOST} are the most for the \
-             sockets of an external hypervisor: use a shorter --dir",
-            dir.display()
-        ),
-        source: ErrorKind::InvalidFilename.into(),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_folder_too_long_for_sockets_is_refused() {
-        check_folder(Path::new(&format!("/run/kuasar-vmm/{:064}", 0))).unwrap();
-        let why = check_folder(Path::new(&format!("/{:091}", 0))).unwrap_err();
-        assert!(why.to_string().contains("92 bytes, and 91"), "{why}");
     }
 }

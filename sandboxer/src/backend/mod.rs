@@ -5,12 +5,14 @@
 
 pub mod external;
 mod place;
+pub mod quark;
 pub mod vmm;
 pub mod wasm;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,9 +22,10 @@ use vmm_core::Host;
 use vmm_core::vm::{Disk, Vm, VmError};
 
 use crate::agent::{AgentClient, AgentError, Connected, Limits};
+use crate::rpc::cri::LinuxContainerResources;
 
 /// The machine that a pod needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct MachineRequest {
     /// Id of the pod, for thread names and logs.
     pub pod: String,
@@ -36,6 +39,8 @@ pub struct MachineRequest {
     pub dir: PathBuf,
     /// The network namespace that CNI prepared for the pod.
     pub netns: Option<PathBuf>,
+    /// What CRI limits the pod as a whole to.
+    pub limits: Option<LinuxContainerResources>,
     /// Disks plugged in from the beginning, with their slots.
     pub disks: Vec<(usize, Disk)>,
 }
@@ -62,6 +67,24 @@ impl<V: Vm + 'static> From<Arc<V>> for Built {
     fn from(vm: Arc<V>) -> Self {
         Self { vm, met: None }
     }
+}
+
+/// A pod's sockets are in its folder, and their paths must fit an address (`sun_path`, unix(7));
+/// `longest` is the longest name among them.
+fn check_folder(dir: &Path, longest: &str) -> Result<(), VmError> {
+    let most = 107_usize.saturating_sub(longest.len() + 1);
+    let bytes = dir.as_os_str().len();
+    if bytes <= most {
+        return Ok(());
+    }
+    Err(VmError::Io {
+        what: format!(
+            "the pod's folder {} has a path of {bytes} bytes, and {most} are the most for its \
+             sockets: use a shorter --dir",
+            dir.display()
+        ),
+        source: ErrorKind::InvalidFilename.into(),
+    })
 }
 
 /// Waits for [`SandboxBackend::agent`]'s answer.
@@ -136,5 +159,18 @@ pub trait SandboxBackend: Send + Sync + fmt::Debug {
             what: "restore a VM from disk",
             backend: self.name(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_too_long_for_sockets_is_refused() {
+        let longest = "vsock.sock_1024";
+        check_folder(Path::new(&format!("/run/kuasar-vmm/{:064}", 0)), longest).unwrap();
+        let why = check_folder(Path::new(&format!("/{:091}", 0)), longest).unwrap_err();
+        assert!(why.to_string().contains("92 bytes, and 91"), "{why}");
     }
 }

@@ -6,6 +6,7 @@
 mod hypervisor;
 mod keys;
 mod kuasar;
+mod quark;
 mod templates;
 mod vm;
 mod wasm;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use hypervisor::accel;
 pub use hypervisor::{Hypervisor, HypervisorKind};
+pub use quark::{Quark, QuarkNodeError};
 pub use templates::{TemplateMode, Templates};
 pub(crate) use vm::{DEBUG_SHELL, MIN_MEMORY};
 pub use vm::{DeviceDiscovery, Fs, FsCache, GuestFiles, MissingGuestFile, Vm};
@@ -46,6 +48,8 @@ pub struct Config {
     pub events: Events,
     /// Pods of WebAssembly programs.
     pub wasm: Wasm,
+    /// Pods in Quark.
+    pub quark: Quark,
     /// What a file of Kuasar says that has no effect here, to be logged.
     #[serde(skip)]
     pub warnings: Vec<String>,

@@ -202,6 +202,7 @@ impl Pod {
             memory_bytes: size.memory_bytes,
             share,
             dir: self.dir.clone(),
+            limits: linux.and_then(|linux| linux.resources.clone()),
             disks: Vec::new(),
             netns: self.request.netns.clone(),
         })

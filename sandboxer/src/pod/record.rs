@@ -9,6 +9,8 @@ use std::io::{ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use external_hv::quark::Sandbox;
+use external_hv::supervisor::Supervisor;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -123,14 +125,23 @@ pub fn clean_stale(dir: &Path, known: &[String]) -> Result<()> {
 
 /// Ends the processes of a machine that nobody has taken over.
 fn end_machine(pod_dir: &Path, name: &str) {
-    match external_hv::supervisor::Supervisor::find(pod_dir) {
-        Ok(Some(supervisor)) => {
-            warn!(pod = name, "ending a machine that nobody takes over");
-            supervisor.kill();
-            supervisor.wait_blocking();
-        }
-        Ok(None) => {}
-        Err(e) => warn!(pod = name, "cannot look for its machine: {e}"),
+    let unknown = |e| warn!(pod = name, "cannot look for its machine: {e}");
+    let ending = || warn!(pod = name, "ending a machine that nobody takes over");
+    if let Some(supervisor) = Supervisor::find(pod_dir).unwrap_or_else(|e| {
+        unknown(e);
+        None
+    }) {
+        ending();
+        supervisor.kill();
+        supervisor.wait_blocking();
+    }
+    if let Some(sandbox) = Sandbox::find(pod_dir).unwrap_or_else(|e| {
+        unknown(e);
+        None
+    }) {
+        ending();
+        sandbox.process().kill();
+        sandbox.process().wait_blocking();
     }
 }
 

@@ -44,6 +44,12 @@ pub const DEFAULT_WASM_LISTEN: &str = "/run/wasm-sandboxer.sock";
 /// Where `wasm-sandboxer` keeps its pods unless told otherwise.
 pub const DEFAULT_WASM_DIR: &str = "/run/kuasar-wasm";
 
+/// Where `quark-sandboxer` listens unless told otherwise.
+pub const DEFAULT_QUARK_LISTEN: &str = "/run/quark-sandboxer.sock";
+
+/// Where `quark-sandboxer` keeps its pods unless told otherwise.
+pub const DEFAULT_QUARK_DIR: &str = "/run/kuasar-quark";
+
 /// What a daemon is started with.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {

@@ -42,6 +42,7 @@ async fn build(backend: &dyn SandboxBackend, dir: &TempDir) -> Arc<dyn Vm> {
         memory_bytes: MEMORY,
         share,
         dir: dir.path().to_owned(),
+        limits: None,
         disks: Vec::new(),
         netns: None,
     };

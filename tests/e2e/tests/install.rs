@@ -14,15 +14,19 @@ use std::process::Command;
 use harness::{bin_dir, skip_if};
 
 /// Everything below DESTDIR, with its mode; the manual has a page per command besides.
-const INSTALLED: [(&str, u32); 21] = [
+const INSTALLED: [(&str, u32); 25] = [
+    ("opt/k/bin/containerd-shim-kuasar-quark-v1", 0o755),
+    ("opt/k/bin/containerd-shim-kuasar-quark-v2", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-vmm-v1", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-vmm-v2", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-wasm-v1", 0o755),
     ("opt/k/bin/containerd-shim-kuasar-wasm-v2", 0o755),
     ("opt/k/bin/kuasar-vmm-supervisor", 0o755),
     ("opt/k/bin/kuasar-ctl", 0o755),
+    ("opt/k/bin/quark-sandboxer", 0o755),
     ("opt/k/bin/vmm-sandboxer", 0o755),
     ("opt/k/bin/wasm-sandboxer", 0o755),
+    ("opt/k/lib/systemd/system/kuasar-quark.service", 0o644),
     ("opt/k/lib/systemd/system/kuasar-vmm.service", 0o644),
     ("opt/k/lib/systemd/system/kuasar-wasm.service", 0o644),
     ("opt/k/share/bash-completion/completions/kuasar-ctl", 0o644),
@@ -106,6 +110,7 @@ fn everything_is_where_the_documents_say() {
     for (name, program) in [
         ("kuasar-vmm", "vmm-sandboxer"),
         ("kuasar-wasm", "wasm-sandboxer"),
+        ("kuasar-quark", "quark-sandboxer"),
     ] {
         let units = dest.path().join("opt/k/lib/systemd/system");
         let text = fs::read_to_string(units.join(format!("{name}.service"))).unwrap();

@@ -29,6 +29,9 @@ pub const HANDLER: &str = "kuasar-vmm";
 /// Runtime handler of pods that `wasm-sandboxer` runs.
 pub const WASM_HANDLER: &str = "kuasar-wasm";
 
+/// Runtime handler of pods that `quark-sandboxer` runs.
+pub const QUARK_HANDLER: &str = "kuasar-quark";
+
 /// The image of the process that holds a pod's namespaces, for pods without a VM.
 pub const PAUSE: &str = "docker.io/library/pause:1";
 
@@ -45,7 +48,9 @@ pub fn runc_missing() -> Option<String> {
 
 /// The shims that containerd looks for on its PATH: for pods of a proxy plugin, when it loads
 /// what it left; and for every pod in [`Mode::Shim`].
-pub const SHIMS: [&str; 4] = [
+pub const SHIMS: [&str; 6] = [
+    "containerd-shim-kuasar-quark-v1",
+    "containerd-shim-kuasar-quark-v2",
     "containerd-shim-kuasar-vmm-v1",
     "containerd-shim-kuasar-vmm-v2",
     "containerd-shim-kuasar-wasm-v1",
@@ -203,6 +208,7 @@ impl Containerd {
         let environment = vec![
             ("KUASAR_VMM_SANDBOXER", daemon.address()),
             ("KUASAR_WASM_SANDBOXER", daemon.address()),
+            ("KUASAR_QUARK_SANDBOXER", daemon.address()),
             ("ENABLE_CRI_SANDBOXES", "yes".into()),
         ];
         let child = launch(options.line, dir.path(), &netns, &environment);

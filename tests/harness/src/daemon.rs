@@ -1,4 +1,4 @@
-//! A daemon of the test's own, `vmm-sandboxer` or `wasm-sandboxer`.
+//! A daemon of the test's own, `vmm-sandboxer` or another.
 
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
@@ -177,9 +177,13 @@ fn launch(name: &str, dir: &Path) -> Child {
 /// Ends the external VMs of pods that a failed test left: they outlive their daemon.
 fn end_vms(state: &Path) {
     for entry in std::fs::read_dir(state).into_iter().flatten().flatten() {
-        let text = std::fs::read(entry.path().join("vmm.json")).unwrap_or_default();
-        let processes: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
-        for name in ["vmm", "supervisor"] {
+        for (file, name) in [
+            ("vmm.json", "vmm"),
+            ("vmm.json", "supervisor"),
+            ("quark.json", "process"),
+        ] {
+            let text = std::fs::read(entry.path().join(file)).unwrap_or_default();
+            let processes: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
             let pid = processes[name]["pid"].as_i64();
             if let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

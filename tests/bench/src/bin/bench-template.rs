@@ -102,6 +102,7 @@ fn request(dir: &Path, pod: &str) -> MachineRequest {
         share: dir.join("share"),
         dir: dir.to_owned(),
         netns: None,
+        limits: None,
         disks: Vec::new(),
     }
 }
