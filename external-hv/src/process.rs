@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
@@ -45,7 +46,8 @@ impl ProcessId {
         };
         // Looked at after it was opened: whose number it was before does not matter.
         let same = Self::of(self.pid).is_ok_and(|now| now == self);
-        Ok(same.then_some(Process { id: self, fd }))
+        let process = Process { id: self, fd };
+        Ok((same && !process.has_ended()).then_some(process))
     }
 }
 
@@ -84,11 +86,20 @@ impl Process {
         let _ = pidfd_send_signal(&self.fd, Signal::KILL);
     }
 
+    /// Whether it has ended, collected by its parent or not.
+    fn has_ended(&self) -> bool {
+        matches!(self.poll(Some(&Timespec::default())), Ok(1..))
+    }
+
     /// Waits for its end. Blocks.
     pub fn wait_blocking(&self) {
-        use rustix::event::{PollFd, PollFlags, poll};
+        while let Err(rustix::io::Errno::INTR) = self.poll(None) {}
+    }
+
+    /// How many of one have ended within `limit`.
+    fn poll(&self, limit: Option<&Timespec>) -> rustix::io::Result<usize> {
         let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
-        while let Err(rustix::io::Errno::INTR) = poll(&mut fds, None) {}
+        rustix::event::poll(&mut fds, limit)
     }
 
     /// Waits for its end.

@@ -363,15 +363,16 @@ fn a_snapshot_keeps_what_is_mapped() {
         let body = postcard::to_stdvec(&("share", false, 4 * BLOCK, Some(session))).unwrap();
         let mut device = device(dir.path());
         let restored = device.restore(&state_tests::seal(2, &body));
-        restored.map(|()| device.shared_memory().unwrap())
+        restored.map(|()| device)
     };
-    let window = restored(&[
+    let device = restored(&[
         (0, (3, 0, false)),
         (1, (2, BLOCK, false)),
         (4, (2, 0, false)),
         (u64::MAX, (2, u64::MAX, true)),
     ]);
-    let window = window.unwrap();
+    let device = device.unwrap();
+    let window = device.shared_memory().unwrap();
     bad_address(window.peek(0));
     assert_eq!(window.peek(BLOCK).unwrap(), 2);
     bad_address(window.poke(BLOCK, 1));
