@@ -31,7 +31,7 @@ const MEMORY: u64 = 128 << 20;
 const BUSYBOX: &str = "/bin/busybox";
 
 /// Writes what it sees, over and over; what starts no program is quick on slow hosts.
-const INIT: &str = r#"#!/bin/busybox sh
+const SCRIPT: &str = r#"#!/bin/busybox sh
 b=/bin/busybox
 $b mkdir -p /proc /sys /dev /share
 $b mount -t proc proc /proc
@@ -88,18 +88,20 @@ impl Case {
             .prefix("kuasar-vm-")
             .tempdir()
             .unwrap();
-        let (share, init) = (dir.path().join("share"), dir.path().join("init"));
+        let (share, script) = (dir.path().join("share"), dir.path().join("script"));
         fs::create_dir(&share).unwrap();
-        fs::write(&init, INIT).unwrap();
+        fs::write(&script, SCRIPT).unwrap();
         let cache = Cache::locate().unwrap();
-        let initramfs = Initramfs::new(init).with(BUSYBOX, "bin/busybox", 0o755);
+        let initramfs = Initramfs::new(BUSYBOX)
+            .with(BUSYBOX, "/bin/busybox", 0o755)
+            .with(script, "/bin/script", 0o755);
         let spec = MachineSpec {
             name: "strato".to_owned(),
             vcpus: 1,
             memory_bytes: MEMORY,
             kernel: GuestImage::current(&cache).unwrap().kernel,
             initramfs: Some(initramfs.build(&cache).unwrap().path),
-            cmdline: String::new(),
+            cmdline: "rdinit=/bin/script".to_owned(),
             dir: dir.path().to_owned(),
             share,
             share_tag: "share".to_owned(),
@@ -214,10 +216,10 @@ async fn a_q35_plugs_everything_in_and_out() {
     );
     if case.sees("turn=").contains("eth0") {
         case.vm.detach_nic(0, SLOW).await.unwrap();
-        case.sees("nets=lo disks");
+        case.sees("nets=dummy0 lo disks");
         let tap = TapDevice::open("tapstrato%d", 1).unwrap();
         case.vm.attach_nic(0, tap).await.unwrap();
-        case.sees("nets=eth0 lo");
+        case.sees("nets=dummy0 eth0 lo disks");
     }
     fs::write(case.share("reset"), "").unwrap();
     let mut exited = case.vm.exited();
