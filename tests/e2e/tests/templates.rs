@@ -65,18 +65,18 @@ fn pods(world: &World) -> Vec<fs::DirEntry> {
 fn every_clone_is_someone_else() {
     skip_if!(kvm_missing());
     skip_if!(not_in_process());
-    let world = World::new();
-    are_different(&world, ["state restored", "state restored"]);
-    world.assert_nothing_left();
-}
-
-#[test]
-fn a_clone_that_waited_becomes_a_pod_like_any_other() {
-    skip_if!(kvm_missing());
-    skip_if!(not_in_process());
     let world = World::with_config("[templates]\nwarm = 1\nshells = 0\n");
-    // The first finds none, and has one made for the next.
-    are_different(&world, ["state restored", "adopted"]);
+    let mut seen = BTreeSet::new();
+    // The first finds none that waits, and has one made for the next.
+    for (name, phase) in [("first", "state restored"), ("second", "adopted")] {
+        if phase == "adopted" {
+            eventually("a clone that waits", SLOW, || one_waits(&world));
+        }
+        is_someone_else(&world, name, phase, &mut seen);
+    }
+    // One of them ends; the other does not notice.
+    world.ctl.run(["rm", "--force", "first"]).expect_code(0);
+    lives_and_goes(&world, "second");
     let held = Held::by(&world.daemon).vm_threads;
     let mut vcpus = held.iter().filter(|name| name.starts_with("vcpu"));
     assert!(vcpus.all(|name| name.ends_with("-warm")), "{held:?}");
@@ -92,47 +92,32 @@ fn one_waits(world: &World) -> Option<()> {
         .then_some(())
 }
 
-/// Runs two pods, which reach this phase when they start, and compares them.
-fn are_different(world: &World, reached: [&str; 2]) {
-    let mut seen = BTreeSet::new();
-    for (name, phase) in ["first", "second"].into_iter().zip(reached) {
-        if phase == "adopted" {
-            eventually("a clone that waits", SLOW, || one_waits(world));
-        }
-        let pod = detached(world, name);
-        let cloned = phases(world, name);
-        assert!(cloned.iter().any(|p| p == phase), "{cloned:?}");
-        let threads = Held::by(&world.daemon).vm_threads;
-        let role = format!("vcpu0-{pod}");
-        assert!(
-            threads.iter().any(|thread| role.starts_with(thread)),
-            "{threads:?}"
-        );
-        let folder = world.daemon.state_dir().join(pod);
-        assert!(folder.join("console.log").exists());
-        assert!(folder.join("vsock.sock").exists());
-        let id = world
-            .ctl
-            .run(["exec", name, "--", "/bin/sh", "-c", IDENTITY]);
-        let text = id.expect_code(0).stdout.clone();
-        let lines: Vec<_> = text.lines().collect();
-        let (clock, own) = lines.split_last().unwrap();
-        assert_eq!(own.len(), 4, "{text}");
-        for line in own {
-            assert!(seen.insert((*line).to_owned()), "{line} twice: {seen:?}");
-        }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        let guest: u64 = clock.parse().unwrap();
-        let apart = now.as_secs().abs_diff(guest);
-        assert!(apart < 60, "the guest's clock is {apart} s off");
-    }
-    // One of them ends; the other does not notice.
-    world.ctl.run(["rm", "--force", "first"]).expect_code(0);
-    let alive = world
+/// Runs a pod that reaches `phase` when it starts, and shares nothing with those `seen`.
+fn is_someone_else(world: &World, name: &str, phase: &str, seen: &mut BTreeSet<String>) {
+    let pod = detached(world, name);
+    let reached = phases(world, name);
+    assert!(reached.iter().any(|p| p == phase), "{reached:?}");
+    let threads = Held::by(&world.daemon).vm_threads;
+    let role = format!("vcpu0-{pod}");
+    let named = threads.iter().any(|thread| role.starts_with(thread));
+    assert!(named, "{threads:?}");
+    let folder = world.daemon.state_dir().join(pod);
+    assert!(folder.join("console.log").exists());
+    assert!(folder.join("vsock.sock").exists());
+    let id = world
         .ctl
-        .run(["exec", "second", "--", "/bin/echo", "alive"]);
-    assert_eq!(alive.expect_code(0).stdout, "alive\n");
-    world.ctl.run(["rm", "--force", "second"]).expect_code(0);
+        .run(["exec", name, "--", "/bin/sh", "-c", IDENTITY]);
+    let text = id.expect_code(0).stdout.clone();
+    let lines: Vec<_> = text.lines().collect();
+    let (clock, own) = lines.split_last().unwrap();
+    assert_eq!(own.len(), 4, "{text}");
+    for line in own {
+        assert!(seen.insert((*line).to_owned()), "{line} twice: {seen:?}");
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let guest: u64 = clock.parse().unwrap();
+    let apart = now.as_secs().abs_diff(guest);
+    assert!(apart < 60, "the guest's clock is {apart} s off");
 }
 
 /// Sets or lifts the daemon's limit of address space, in bytes.
